@@ -1,0 +1,60 @@
+"""The errors a user can meet: each says what is wrong, where, and what to do, in one line."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+
+
+class MkaError(Exception):
+    """Base class of every error that is shown to a user, without a traceback.
+
+    Args:
+        what: what is wrong, naming the file, tensor or option and the values seen.
+        remedy: what to do about it, as an instruction.
+    """
+
+    exit_code = 1
+
+    def __init__(self, what: str, remedy: str = "") -> None:
+        self.what, self.remedy = what, remedy
+        message = f"{what.rstrip('.')}. {remedy}" if remedy else what
+        super().__init__(" ".join(message.split()))
+
+
+class UsageError(MkaError):
+    """An option, or a combination of options, that cannot be."""
+
+    exit_code = 2
+
+
+class SourceError(MkaError):
+    """A model that cannot be found, fetched or recognised."""
+
+
+class CheckpointError(MkaError):
+    """A checkpoint or GGUF file that is damaged, incomplete or of a kind we do not read."""
+
+
+class UnsupportedError(MkaError):
+    """A sound model that the wanted step cannot handle."""
+
+
+class WorkspaceError(MkaError):
+    """An output folder that cannot be used."""
+
+
+class ConversionError(MkaError):
+    """A converter that could not make its artifact."""
+
+
+class RuntimeFailure(MkaError):
+    """A runtime that could not load or run an artifact."""
+
+
+def unknown_name(kind: str, name: str, known: Iterable[str]) -> str:
+    """Say that ``name`` is no known ``kind``, with the nearest spelling and the list of known names."""
+    names = sorted(known)
+    near = get_close_matches(name, names, n=1, cutoff=0.5)
+    hint = f"did you mean {near[0]}? " if near else ""
+    return f"unknown {kind} {name!r}: {hint}known: {', '.join(names)}"

@@ -1,0 +1,1 @@
+"""MKA: which layers are alike, and how two become one."""

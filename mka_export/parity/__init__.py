@@ -1,0 +1,1 @@
+"""Parity: how an artifact compares with what it was made from, measured in its runtime."""

@@ -1,0 +1,70 @@
+"""Runtimes: the programs that run a model. Parity knows them only by the interface here."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from importlib import import_module
+from pathlib import Path
+from typing import Protocol, cast
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mka_export.errors import UsageError, unknown_name
+
+Windows = NDArray[np.int64]  # (windows, tokens): token ids, what the runtime sees and nothing else
+LogProbs = NDArray[np.float32]  # (tokens, vocabulary): natural logarithms
+
+
+class Runtime(Protocol):
+    """A loaded model that gives next-token log-probabilities for token ids.
+
+    Attributes:
+        name: as the targets name it, e.g. ``llama.cpp``.
+        device: where it computes, e.g. ``cpu``; goes beside every figure.
+        vocab_size: columns of ``log_probs``.
+    """
+
+    name: str
+    device: str
+    vocab_size: int
+
+    def tokenize(self, text: str) -> list[int]:
+        """Turn text into ids with the tokenizer that ships inside the artifact: no BOS, EOS or prefix
+        added, special-token spellings in the text read as special tokens."""
+
+    def detokenize(self, ids: Sequence[int]) -> str:
+        """Turn ids into text, special tokens spelled out."""
+
+    def log_probs(self, windows: Windows) -> Iterator[LogProbs]:
+        """Yield, window by window, the log-probabilities after each of its tokens: row t is for token t + 1.
+
+        Raises:
+            RuntimeFailure: the runtime cannot run the model.
+        """
+
+    def generate(self, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> list[list[int]]:
+        """Continue each prompt greedily; stops after an end-of-text token (not returned)."""
+
+    def close(self) -> None:
+        """Free the model."""
+
+
+# name -> "module:attribute" of a function (path: Path, **options) -> Runtime
+RUNTIMES = {
+    "torch": "mka_export.parity.runtimes.torch_runtime:open_runtime",
+    "llama.cpp": "mka_export.parity.runtimes.llama_cpp_runtime:open_runtime",
+}
+
+
+def open_runtime(name: str, path: Path, **options: object) -> Runtime:
+    """Load the model at ``path`` in the runtime called ``name``.
+
+    Raises:
+        UsageError: no such runtime.
+        RuntimeFailure: it cannot load the model.
+    """
+    if name not in RUNTIMES:
+        raise UsageError(unknown_name("runtime", name, RUNTIMES))
+    module, _, attribute = RUNTIMES[name].partition(":")
+    return cast(Runtime, getattr(import_module(module), attribute)(path, **options))

@@ -1,0 +1,128 @@
+"""Targets: what to make and how good it must be; and the converters that make it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from mka_export.data import data_folder, read_toml
+from mka_export.errors import MkaError, UsageError, unknown_name
+from mka_export.progress import Progress
+
+if TYPE_CHECKING:
+    from mka_export.models.activations import Activations
+    from mka_export.models.checkpoint import Checkpoint
+
+CONVERTERS = "mka_export.converters"  # the entry-point group
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What an artifact must keep to pass. A limit that is None is shown and does not decide.
+
+    Attributes:
+        max_ppl_ratio: artifact perplexity / reference perplexity.
+        max_mean_kl: mean KL divergence from the reference, in nats per token.
+        min_top1: share of positions where both prefer the same next token.
+    """
+
+    max_ppl_ratio: float | None = None
+    max_mean_kl: float | None = None
+    min_top1: float | None = None
+
+
+@dataclass(frozen=True)
+class Target:
+    """One file of ``targets/``.
+
+    Attributes:
+        name: the file's name without ``.toml``.
+        description: one line for ``mka-export targets``.
+        converter: entry-point name of the converter.
+        precision: the converter's own name of the number format.
+        runtime: name of the runtime that ships with it (``parity/runtimes``).
+        families: architectures it can express; empty for all.
+        conversion: limits against the checkpoint it was made from.
+        compression: limits against the original model.
+        options: anything else the converter understands.
+    """
+
+    name: str
+    description: str
+    converter: str
+    precision: str
+    runtime: str
+    conversion: Limits
+    compression: Limits
+    families: tuple[str, ...] = ()
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """The files that ship.
+
+    Attributes:
+        path: what the runtime opens: a file or a folder.
+        files: every file, relative to the stage folder.
+        nbytes: their size together.
+        details: what the converter wants told: tensor types, fallbacks, warnings.
+    """
+
+    path: Path
+    files: tuple[str, ...]
+    nbytes: int
+    details: Mapping[str, Any] = field(default_factory=dict)
+
+
+class Converter(Protocol):
+    """Turn a checkpoint into an artifact inside the existing empty folder ``out``.
+
+    Raises:
+        ConversionError, UnsupportedError: it cannot be made; nothing else may escape.
+    """
+
+    def __call__(
+        self, checkpoint: Checkpoint, target: Target, out: Path, *, activations: Activations | None, progress: Progress
+    ) -> Artifact: ...
+
+
+def target_names() -> dict[str, Path]:
+    """Return the shipped targets: name -> file."""
+    return {path.stem: path for path in sorted(data_folder("targets").glob("*.toml"))}
+
+
+def load_target(name: str) -> Target:
+    """Load a shipped target by name, or any TOML file by path.
+
+    Raises:
+        UsageError: there is no such target, or its file lacks or misnames a field.
+    """
+    known = target_names()
+    path = known.get(name) or Path(name)
+    if path.suffix != ".toml" or not path.is_file():
+        raise UsageError(unknown_name("target", name, known), "A path to a .toml file works too.")
+    data = read_toml(path)
+    try:
+        conversion = Limits(**data.pop("conversion", {}))
+        compression = Limits(**data.pop("compression", {}))
+        families = tuple(data.pop("families", ()))
+        return Target(name=path.stem, conversion=conversion, compression=compression, families=families, **data)
+    except TypeError as error:
+        raise UsageError(f"{path}: {str(error).split('__init__() ')[-1]}", "The fields of a target are in CONTRIBUTING.md.") from error
+
+
+def load_converter(name: str) -> Converter:
+    """Return the converter registered under ``name`` in the entry-point group ``mka_export.converters``.
+
+    Raises:
+        MkaError: none is installed under that name.
+    """
+    found = {point.name: point for point in entry_points(group=CONVERTERS)}
+    if name not in found:
+        raise MkaError(unknown_name("converter", name, found), "Install the package that brings it.")
+    convert: Callable[..., Artifact] = found[name].load()
+    return convert
