@@ -44,6 +44,7 @@ class Target:
         converter: entry-point name of the converter.
         precision: the converter's own name of the number format.
         runtime: name of the runtime that ships with it (``parity/runtimes``).
+        activations: whether the converter is given column statistics of the calibration text.
         families: architectures it can express; empty for all.
         conversion: limits against the checkpoint it was made from.
         compression: limits against the original model.
@@ -57,6 +58,7 @@ class Target:
     runtime: str
     conversion: Limits
     compression: Limits
+    activations: bool = False
     families: tuple[str, ...] = ()
     options: Mapping[str, Any] = field(default_factory=dict)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +11,10 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+
+from mka_export.models.checkpoint import Checkpoint
+from mka_export.models.runner import LayerRunner
+from mka_export.progress import Progress
 
 
 @dataclass(frozen=True)
@@ -29,12 +34,52 @@ class Activations:
 
     def save(self, path: Path) -> None:
         """Write to a safetensors file."""
-        metadata = {"tokens": str(self.tokens), "calibration": self.calibration}
-        save_file({k: v.to(torch.float32).contiguous() for k, v in self.mean_square.items()}, path, metadata=metadata)
+        # One key: safetensors writes several in an order that changes from run to run.
+        metadata = {"calibration": json.dumps({"tokens": self.tokens, "sha256": self.calibration})}
+        save_file({name: t.contiguous() for name, t in self.mean_square.items()}, path, metadata=metadata)
 
     @classmethod
     def load(cls, path: Path) -> Activations:
         """Read what ``save`` wrote."""
         with safe_open(path, framework="pt") as f:
-            metadata = f.metadata()
-            return cls({k: f.get_tensor(k) for k in f.keys()}, int(metadata["tokens"]), metadata["calibration"])
+            about = json.loads(f.metadata()["calibration"])
+            return cls({name: f.get_tensor(name) for name in f.keys()}, about["tokens"], about["sha256"])
+
+
+class ColumnStatistics:
+    """Mean squares of the inputs of one layer's linear modules, gathered by ``LayerRunner.watch``."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, Tensor] = {}
+        self._rows: dict[str, int] = {}
+
+    def __call__(self, path: str, inputs: Tensor) -> None:
+        """Add the input (batch, tokens, features) of module ``path``."""
+        rows = inputs.flatten(0, -2)
+        self._sums[path] = self._sums.get(path, 0) + rows.square().sum(dim=0, dtype=torch.float64)
+        self._rows[path] = self._rows.get(path, 0) + len(rows)
+
+    @property
+    def mean_square(self) -> dict[str, Tensor]:
+        """Weight name inside the layer -> (in_features,) float32."""
+        return {f"{path}.weight": (total / self._rows[path]).float().cpu() for path, total in self._sums.items()}
+
+
+def calibrate(runner: LayerRunner, ids: Tensor, calibration: str, progress: Progress) -> Activations:
+    """Run a model over calibration windows (N, T) and keep only the statistics.
+
+    Args:
+        calibration: sha256 of ``ids``.
+    """
+    checkpoint: Checkpoint = runner.checkpoint
+    states, found = runner.embed(ids), {}
+    with progress.task("calibration", checkpoint.num_layers) as task:
+        for index in range(checkpoint.num_layers):
+            weights, statistics = runner.weights(index), ColumnStatistics()
+            with runner.watch(index, statistics):
+                for batch in runner.batches(*ids.shape):
+                    states[batch] = runner.run_layer(index, weights, states[batch])
+            for name, mean_square in statistics.mean_square.items():
+                found[checkpoint.architecture.layer_name(index, name)] = mean_square
+            task.advance()
+    return Activations(found, ids.numel(), calibration)

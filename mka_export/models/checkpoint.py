@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ from torch import Tensor
 
 from mka_export.errors import CheckpointError, UnsupportedError
 from mka_export.models.architecture import Architecture, architecture_of
+from mka_export.workspace import file_sha256
 
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
@@ -68,13 +70,7 @@ class Checkpoint:
             CheckpointError: a file is missing or damaged, or config and tensors disagree.
             UnsupportedError: the model needs custom code, is quantized, or is of an unknown family.
         """
-        config = read_json(path / CONFIG)
-        if "auto_map" in config:
-            raise UnsupportedError(f"{path / CONFIG} asks for custom code (auto_map)", "mka-export runs no code from models.")
-        if method := config.get("quantization_config"):
-            kind = method.get("quant_method", "unknown") if isinstance(method, dict) else method
-            raise UnsupportedError(f"{path} is already quantized ({kind})", "Use the model it was made from.")
-        architecture = architecture_of(config)
+        config, architecture = read_config(path)
         checkpoint = cls(path, config, architecture, _shards(path))
         checkpoint._check_layers()
         return checkpoint
@@ -148,8 +144,13 @@ class Checkpoint:
         digest = hashlib.sha256()
         files = {CONFIG, *self.shards.values(), *(n for n in TOKENIZER_FILES if (self.path / n).exists())}
         for name in sorted(files):
-            digest.update(f"{name}:{sha256_of(self.path / name)}\n".encode())
+            digest.update(f"{name}:{file_sha256(self.path / name)}\n".encode())
         return digest.hexdigest()
+
+    @cached_property
+    def parameters(self) -> int:
+        """The number of weights; a head tied to the embedding counts once."""
+        return sum(math.prod(self.shape(name)) for name in self.shards)
 
     @property
     def nbytes(self) -> int:
@@ -206,7 +207,7 @@ class CheckpointWriter:
         Raises:
             CheckpointError: it holds NaN or infinity.
         """
-        if not bool(torch.isfinite(tensor).all()):
+        if not bool(torch.stack(tensor.aminmax()).isfinite().all()):  # NaN comes through; far faster than isfinite
             raise CheckpointError(f"tensor {name} holds NaN or infinity", "The model is damaged: fetch it again.")
         if self._pending and self._pending_bytes + tensor.nbytes > self.shard_bytes:
             self._flush()
@@ -247,6 +248,22 @@ def copy_tokenizer(source: Path, folder: Path) -> None:
         shutil.copyfile(source / name, folder / name)
 
 
+def read_config(path: Path) -> tuple[dict[str, Any], Architecture]:
+    """Read ``config.json`` of the checkpoint folder ``path`` and check that it is of a kind we read.
+
+    Raises:
+        CheckpointError: it is missing or damaged.
+        UnsupportedError: the model needs custom code, is quantized, or is of an unknown family.
+    """
+    config = read_json(path / CONFIG)
+    if "auto_map" in config:
+        raise UnsupportedError(f"{path / CONFIG} asks for custom code (auto_map)", "mka-export runs no code from models.")
+    if method := config.get("quantization_config"):
+        kind = method.get("quant_method", "unknown") if isinstance(method, dict) else method
+        raise UnsupportedError(f"{path} is already quantized ({kind})", "Use the model it was made from.")
+    return config, architecture_of(config)
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON object.
 
@@ -269,13 +286,6 @@ def write_json(path: Path, data: object) -> None:
     path.write_text(json.dumps(data, indent=2, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
 
 
-def sha256_of(path: Path) -> str:
-    """Return the sha256 of a file, in hexadecimal."""
-    with path.open("rb") as f:
-        digest = hashlib.sha256()
-        while block := f.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def _shards(path: Path) -> dict[str, str]:

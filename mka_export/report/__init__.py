@@ -1,1 +1,6 @@
-"""Reports for people (terminal) and machines (JSON)."""
+"""What came of it, for people and for machines."""
+
+from mka_export.report.document import write_report
+from mka_export.report.terminal import print_report
+
+__all__ = ["print_report", "write_report"]

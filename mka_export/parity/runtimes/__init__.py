@@ -30,8 +30,11 @@ class Runtime(Protocol):
     vocab_size: int
 
     def tokenize(self, text: str) -> list[int]:
-        """Turn text into ids with the tokenizer that ships inside the artifact: no BOS, EOS or prefix
-        added, special-token spellings in the text read as special tokens."""
+        """Turn text into ids with the tokenizer that ships inside the artifact.
+
+        No BOS or EOS is added; special-token spellings in the text are read as special tokens. A space that
+        the tokenizer itself puts before every text (SentencePiece) stays.
+        """
 
     def detokenize(self, ids: Sequence[int]) -> str:
         """Turn ids into text, special tokens spelled out."""

@@ -1,0 +1,21 @@
+"""Convert checkpoints to GGUF, the format of llama.cpp."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from mka_export.models.activations import Activations
+    from mka_export.models.checkpoint import Checkpoint
+    from mka_export.progress import Progress
+    from mka_export.target import Artifact, Target
+
+
+def convert(
+    checkpoint: Checkpoint, target: Target, out: Path, *, activations: Activations | None, progress: Progress
+) -> Artifact:
+    """Turn a checkpoint into one GGUF file in the folder ``out``: see ``mka_gguf.conversion.convert``."""
+    from mka_gguf.conversion import convert as run  # torch and llama.cpp load here, not with the package
+
+    return run(checkpoint, target, out, activations=activations, progress=progress)

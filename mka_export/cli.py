@@ -1,0 +1,117 @@
+"""The commands: parse, call, print. Everything heavy is imported inside the command that needs it."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+from click_default_group import DefaultGroup
+
+from mka_export import __version__
+from mka_export.errors import MkaError
+from mka_export.options import (
+    ConvertOptions,
+    DeviceOptions,
+    LimitOptions,
+    MergeOptions,
+    OutputOptions,
+    TextOptions,
+    options,
+)
+
+EPILOG = "Exit codes: 0 pass, 1 error, 2 usage, 3 parity failed, 4 inconclusive."
+
+
+class Group(DefaultGroup):  # type: ignore[misc]  # the package has no types
+    """A group that shows our errors as one line, and an interrupt as what it is."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run the command."""
+        try:
+            return super().invoke(ctx)
+        except MkaError as error:
+            click.echo(f"mka-export: {error}", err=True)
+            sys.exit(error.exit_code)
+        except KeyboardInterrupt:
+            again = " ".join(["mka-export", *sys.argv[1:]])
+            click.echo(f"mka-export: interrupted. Finished stages are kept; to go on: {again}", err=True)
+            sys.exit(130)
+
+
+@click.group(cls=Group, default="run", default_if_no_args=False, epilog=EPILOG)
+@click.version_option(__version__, prog_name="mka-export")
+def main() -> None:
+    """Make a language model shallower, export it, and prove that it still works.
+
+    \b
+      mka-export smollm2-135m --ratio 0.1 --to gguf-q4
+      mka-export llama3-8b --ratio 0.4 --to gguf-q4
+
+    MODEL is a name from 'mka-export models', a hub id, a checkpoint folder or a .gguf file.
+    """
+
+
+@main.command(epilog=EPILOG)
+@click.argument("model")
+@options(
+    merge=MergeOptions,
+    convert=ConvertOptions,
+    texts=TextOptions,
+    limits=LimitOptions,
+    device=DeviceOptions,
+    output=OutputOptions,
+)
+def run(model: str, **groups: Any) -> None:
+    """Merge layers of MODEL, make every target, measure each against the original. (Default command.)"""
+    from mka_export import pipeline
+
+    sys.exit(pipeline.run(model, **groups))
+
+
+@main.command()
+@click.argument("model")
+@options(merge=MergeOptions, texts=TextOptions, device=DeviceOptions, output=OutputOptions)
+def merge(model: str, **groups: Any) -> None:
+    """Merge layers of MODEL and write the checkpoint; prints its folder."""
+    from mka_export import pipeline
+
+    click.echo(pipeline.merge_only(model, **groups))
+
+
+@main.command(epilog=EPILOG)
+@click.argument("model")
+@options(convert=ConvertOptions, texts=TextOptions, limits=LimitOptions, device=DeviceOptions, output=OutputOptions)
+def convert(model: str, **groups: Any) -> None:
+    """Make every target from MODEL as it is, and measure each against it."""
+    from mka_export import pipeline
+
+    sys.exit(pipeline.convert_only(model, **groups))
+
+
+@main.command(epilog=EPILOG)
+@click.argument("artifact", type=click.Path(path_type=Path))
+@click.option("--against", required=True, help="The model to compare with: as MODEL elsewhere.")
+@options(texts=TextOptions, limits=LimitOptions, device=DeviceOptions, output=OutputOptions)
+def check(artifact: Path, against: str, **groups: Any) -> None:
+    """Measure ARTIFACT, any GGUF file, against a model."""
+    from mka_export import pipeline
+
+    sys.exit(pipeline.check(artifact, against, **groups))
+
+
+@main.command()
+def models() -> None:
+    """List the short names of models."""
+    from mka_export.report.listing import print_models
+
+    print_models()
+
+
+@main.command()
+def targets() -> None:
+    """List the targets."""
+    from mka_export.report.listing import print_targets
+
+    print_targets()

@@ -1,0 +1,84 @@
+"""What the stages are fed with: the texts, and the token windows cut from them."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from transformers import PreTrainedTokenizerBase
+
+from mka_export.errors import UsageError
+from mka_export.models.text import Text, even_windows, load_text, shared_ngrams
+from mka_export.models.tokenizer import leading_id, text_ids
+from mka_export.options import TextOptions
+
+CALIBRATION_WINDOW = 512
+
+
+@dataclass(frozen=True)
+class Texts:
+    """Calibration and evaluation text, known to be disjoint."""
+
+    calibration: Text
+    evaluation: Text
+
+
+@dataclass(frozen=True)
+class Windows:
+    """Token windows and where they are from.
+
+    Attributes:
+        ids: (windows, tokens) int64.
+        source: the text's path, or ``embedded``.
+        bytes_per_token: UTF-8 bytes of the text over its tokens.
+    """
+
+    ids: NDArray[np.int64]
+    source: str
+    bytes_per_token: float
+
+    @property
+    def sha256(self) -> str:
+        """The sha256 of the ids, as little-endian int32, row after row."""
+        return hashlib.sha256(self.ids.astype("<i4").tobytes()).hexdigest()
+
+    def describe(self) -> dict[str, Any]:
+        """Return source, sha256 and size, for plan, manifest and report."""
+        return {"source": self.source, "sha256": self.sha256, "tokens": self.ids.size}
+
+
+def read_texts(options: TextOptions) -> Texts:
+    """Read both texts.
+
+    Raises:
+        UsageError: they overlap.
+        MkaError: one cannot be read.
+    """
+    texts = Texts(load_text("calibration", options.calibration), load_text("evaluation", options.text))
+    if shared := shared_ngrams(texts.calibration, texts.evaluation):
+        raise UsageError(
+            f"calibration text ({texts.calibration.source}) and evaluation text ({texts.evaluation.source}) share "
+            f"{shared} runs of 13 words",
+            "A model must not be judged by text it was fitted to: give another --text or --calibration.",
+        )
+    return texts
+
+
+def windows_of(text: Text, tokenizer: PreTrainedTokenizerBase, count: int | None, tokens: int, budget: int = 0) -> Windows:
+    """Cut windows from a text.
+
+    Args:
+        count: how many; None for as many as ``budget`` tokens make, or as there are.
+
+    Raises:
+        MkaError: the text is too short.
+    """
+    ids = text_ids(tokenizer, text.text)
+    leading = leading_id(tokenizer)
+    if count is None:
+        body = tokens - (leading is not None)
+        count = max(1, min(budget // tokens, len(ids) // body))
+    return Windows(even_windows(ids, count, tokens, leading, text.source), text.source, len(text.text.encode()) / len(ids))

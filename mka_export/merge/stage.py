@@ -1,0 +1,174 @@
+"""The merge stage: from a checkpoint to a shallower checkpoint, its plan, heat map and activations."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from mka_export.errors import UsageError
+from mka_export.merge.fuse import METHODS
+from mka_export.merge.heatmap import draw_heatmaps
+from mka_export.merge.plan import Plan, Step
+from mka_export.merge.similarity import Cells, cells, npib, similarity_matrix
+from mka_export.merge.trajectory import Trajectory
+from mka_export.models.checkpoint import CONFIG, Checkpoint, CheckpointWriter, copy_tokenizer, write_json
+from mka_export.models.runner import LayerRunner
+from mka_export.progress import Progress
+
+PLAN, ACTIVATIONS, SIMILARITY, HEATMAP = "plan.json", "activations.safetensors", "similarity.json", "similarity.png"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What decides a merge.
+
+    Attributes:
+        remove: how many layers go.
+        method: a name in ``METHODS``.
+        schedule: ``iterative`` measures again after each merge, ``one-shot`` picks all pairs at once.
+        protect: this many early layers take no part.
+        alpha: weight of the lower layer in an average; None takes the similarity.
+    """
+
+    remove: int
+    method: str
+    schedule: str
+    protect: int
+    alpha: float | None
+
+
+def layers_to_remove(ratio: float, layers: int, protect: int) -> int:
+    """Turn a share of the layers into a number: the nearest, halves upwards, at least one.
+
+    Raises:
+        UsageError: the ratio is no share, or leaves fewer layers than are protected.
+    """
+    if not 0.0 < ratio < 1.0:
+        raise UsageError(f"--ratio {ratio}: it is the share of layers to remove, between 0 and 1", "For example 0.2.")
+    if not 0 <= protect < layers:
+        raise UsageError(f"--protect {protect}: the model has {layers} layers")
+    remove = max(1, int(ratio * layers + 0.5))
+    if remove > layers - protect - 1:
+        raise UsageError(
+            f"--ratio {ratio} removes {remove} of {layers} layers; with the first {protect} protected at most "
+            f"{layers - protect - 1} can go",
+            "Lower --ratio or --protect.",
+        )
+    return remove
+
+
+def merge_stage(
+    runner: LayerRunner,
+    windows: NDArray[np.int64],
+    calibration: Mapping[str, Any],
+    settings: Settings | Plan,
+    out: Path,
+    progress: Progress,
+) -> None:
+    """Merge, and write the results into the existing empty folder ``out``.
+
+    Args:
+        windows: calibration token ids (N, T).
+        calibration: where they are from, for the plan; ``sha256`` among it.
+        settings: how to choose, or a plan to replay.
+    """
+    checkpoint = runner.checkpoint
+    with tempfile.TemporaryDirectory(prefix=".states-", dir=out) as folder:
+        trajectory = Trajectory(runner, torch.from_numpy(windows), Path(folder), progress)
+        view = _Similarities(trajectory)
+        before = view.matrix()
+        steps = []
+        choices = _replay(settings, trajectory) if isinstance(settings, Plan) else _choose(settings, view)
+        total = len(settings.steps) if isinstance(settings, Plan) else settings.remove
+        with progress.task(f"merging {total} times ({settings.method})", total) as task:
+            for position, similarity, alpha in choices:
+                lower, upper = trajectory.layers[position].span, trajectory.layers[position + 1].span
+                weights, figures = METHODS[settings.method](trajectory, position, alpha)
+                trajectory.replace(position, weights)
+                view.forget(position)
+                steps.append(Step(lower, upper, similarity, alpha, figures))
+                task.advance()
+        model = {"architecture": checkpoint.architecture.name, "layers": checkpoint.num_layers, "fingerprint": checkpoint.fingerprint}
+        plan = Plan(model, settings.method, settings.schedule, settings.protect, calibration, steps)
+        after = view.matrix()
+        _write_checkpoint(trajectory, out)
+        trajectory.activations(str(calibration["sha256"])).save(out / ACTIVATIONS)
+    write_json(out / PLAN, plan.to_dict())
+    write_json(out / SIMILARITY, {"measure": plan.measure, "before": before.round(6).tolist(), "after": after.round(6).tolist()})
+    draw_heatmaps(before, after, plan.layers(), out / HEATMAP)
+
+
+class _Similarities:
+    """The similarity of the layers under merge; only what a merge changed is computed again."""
+
+    def __init__(self, trajectory: Trajectory) -> None:
+        self.trajectory = trajectory
+        self._cells: list[Cells] = []
+
+    def neighbours(self) -> list[float]:
+        """S of each layer and the next."""
+        self._complete()
+        return [npib(one, other) for one, other in zip(self._cells, self._cells[1:], strict=False)]
+
+    def matrix(self) -> NDArray[np.float64]:
+        """S of every two layers."""
+        self._complete()
+        return similarity_matrix(self._cells)
+
+    def forget(self, position: int) -> None:
+        """Say that the layers from ``position`` on have changed."""
+        del self._cells[position:]
+
+    def _complete(self) -> None:
+        for position in range(len(self._cells), len(self.trajectory.layers)):
+            self._cells.append(cells(self.trajectory.nodes_after(position).double().numpy()))
+
+
+def _choose(settings: Settings, view: _Similarities) -> Iterator[tuple[int, float, float]]:
+    """Yield position, similarity and α of one merge after another."""
+
+    def alpha(similarity: float) -> float:
+        return similarity if settings.alpha is None else settings.alpha
+
+    if settings.schedule == "iterative":
+        for _ in range(settings.remove):
+            similarities = view.neighbours()
+            best = max(range(settings.protect, len(similarities)), key=similarities.__getitem__)
+            yield best, similarities[best], alpha(similarities[best])
+    else:
+        similarities = view.neighbours()
+        order = sorted(range(settings.protect, len(similarities)), key=similarities.__getitem__, reverse=True)
+        # Bottom up, so that each merge sees the stream as the merges below it leave it; every one
+        # moves the positions above it down by one.
+        for done, pair in enumerate(sorted(order[: settings.remove])):
+            yield pair - done, similarities[pair], alpha(similarities[pair])
+
+
+def _replay(plan: Plan, trajectory: Trajectory) -> Iterator[tuple[int, float, float]]:
+    for step in plan.steps:
+        position = [layer.span for layer in trajectory.layers].index(step.lower)
+        yield position, step.similarity, step.alpha
+
+
+def _write_checkpoint(trajectory: Trajectory, out: Path) -> None:
+    checkpoint: Checkpoint = trajectory.runner.checkpoint
+    architecture = checkpoint.architecture
+    with CheckpointWriter(out) as writer:
+        for name in checkpoint.shards:
+            if architecture.split(name)[0] is None:
+                writer.add(name, checkpoint.tensor(name))
+        for position, layer in enumerate(trajectory.layers):
+            stored = checkpoint.layer(layer.first)
+            weights = stored if layer.file is None else trajectory.weights(position)
+            for name, tensor in stored.items():
+                writer.add(architecture.layer_name(position, name), weights[name].to("cpu", tensor.dtype))
+    kept = [layer.first for layer in trajectory.layers]
+    write_json(out / CONFIG, architecture.config_for_layers(checkpoint.config, kept))
+    copy_tokenizer(checkpoint.path, out)

@@ -1,0 +1,190 @@
+"""Run a model a layer at a time, so that it never has to fit in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from torch import Tensor, nn
+from torch.func import functional_call
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from mka_export.errors import MkaError, UsageError
+from mka_export.models.checkpoint import Checkpoint
+from mka_export.progress import Progress
+
+Weights = Mapping[str, Tensor]  # name inside the layer -> tensor, as the layer computes with it
+InputHook = Callable[[str, Tensor], None]  # (module path inside the layer, its input (batch, tokens, features))
+
+# Tokens that go through a layer together: enough to keep the cores busy, few enough that the widest
+# intermediate of an 8B model (14 336 neurons, float32) stays near 100 MB.
+BATCH_TOKENS = 2048
+
+
+class LayerRunner:
+    """The decoder of a checkpoint, in float32, with each layer's weights brought in only while it runs.
+
+    The model is built once without storage (on torch's meta device) and run once with its layers replaced
+    by recorders; what each layer is given besides its input state (rotary embeddings, mask) is kept and
+    replayed. So transformers' own layer code computes, whatever the family.
+
+    Args:
+        checkpoint: the model.
+        device: ``cpu``, ``cuda``, ``cuda:1`` ... or ``auto``.
+
+    Raises:
+        UsageError: the device is not there.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, device: str = "cpu") -> None:
+        self.checkpoint = checkpoint
+        self.device = pick_device(device)
+        config = AutoConfig.from_pretrained(checkpoint.path, trust_remote_code=False)
+        config._attn_implementation = "sdpa"
+        config.use_cache = False
+        config.dtype = torch.float32
+        with init_empty_weights(include_buffers=False):
+            self._model = AutoModelForCausalLM.from_config(config, trust_remote_code=False).eval().float()
+        architecture = checkpoint.architecture
+        self._layers = self._model.get_submodule(architecture.layers)
+        self._parent, _, self._layers_name = architecture.layers.rpartition(".")
+        self._norm = self._model.get_submodule(architecture.tensors["norm"].rpartition(".")[0])
+        self._keywords: dict[int, list[dict[str, Any]]] = {}
+
+    def layer_module(self, index: int) -> nn.Module:
+        """Return layer ``index``, without storage: for its submodules' paths and attributes."""
+        return self._layers.get_submodule(str(index))
+
+    def weights(self, index: int) -> dict[str, Tensor]:
+        """Read the weights of layer ``index`` into float32 on the device."""
+        return {name: t.to(self.device, torch.float32) for name, t in self.checkpoint.layer(index).items()}
+
+    def embed(self, ids: Tensor) -> Tensor:
+        """Return the states before the first layer: ids (N, T) -> (N, T, hidden) float32.
+
+        Only the rows that occur are read.
+        """
+        unique, inverse = torch.unique(ids, return_inverse=True)
+        rows = self.checkpoint.rows(self.checkpoint.architecture.tensors["embedding"], unique)
+        return rows.to(self.device, torch.float32)[inverse.to(self.device)]
+
+    @torch.no_grad()
+    def run_layer(self, index: int, weights: Weights, states: Tensor) -> Tensor:
+        """Apply the layer of kind ``index`` with ``weights``: (batch, T, hidden) -> the same shape.
+
+        ``index`` chooses what the layer is given (mask, rotary embeddings); the weights may be any.
+        """
+        keywords = self._recorded(states.shape[1])[index]
+        out = functional_call(self.layer_module(index), dict(weights), (states,), keywords)
+        return out[0] if isinstance(out, tuple) else out
+
+    @contextmanager
+    def watch(self, index: int, hook: InputHook) -> Iterator[None]:
+        """Call ``hook`` with the input of every linear layer inside layer ``index`` while the block runs."""
+        module = self.layer_module(index)
+
+        def attach(path: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+            def call(_module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+                hook(path, inputs[0])
+
+            return call
+
+        handles = [
+            part.register_forward_pre_hook(attach(path))
+            for path, part in module.named_modules()
+            if isinstance(part, nn.Linear)
+        ]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def batches(self, windows: int, tokens: int) -> Iterator[slice]:
+        """Cut ``windows`` windows of ``tokens`` tokens into batches of about ``BATCH_TOKENS``."""
+        step = max(1, BATCH_TOKENS // tokens)
+        for start in range(0, windows, step):
+            yield slice(start, min(start + step, windows))
+
+    def hidden_states(self, ids: Tensor, progress: Progress | None = None) -> Tensor:
+        """Run all layers: ids (N, T) -> states after the last layer, before the final norm (N, T, hidden)."""
+        states = self.embed(ids)
+        progress = progress or Progress(quiet=True)
+        with progress.task("original, layer by layer", self.checkpoint.num_layers) as task:
+            for index in range(self.checkpoint.num_layers):
+                weights = self.weights(index)
+                for batch in self.batches(*ids.shape):
+                    states[batch] = self.run_layer(index, weights, states[batch])
+                task.advance()
+        return states
+
+    @torch.no_grad()
+    def logits(self, states: Tensor) -> Tensor:
+        """Apply final norm and head: (..., hidden) -> (..., vocabulary) float32."""
+        norm_name = self.checkpoint.architecture.tensors["norm"]
+        norm = {"weight": self.checkpoint.tensor(norm_name).to(self.device, torch.float32)}
+        normed = functional_call(self._norm, norm, (states.to(self.device),))
+        head = self.checkpoint.tensor(self.checkpoint.head)
+        out = torch.empty((*states.shape[:-1], head.shape[0]), dtype=torch.float32, device=self.device)
+        step = max(1, (64 << 20) // (4 * head.shape[1]))  # 64 MB of the head in float32 at a time
+        for start in range(0, head.shape[0], step):
+            rows = head[start : start + step].to(self.device, torch.float32)
+            out[..., start : start + step] = normed @ rows.T
+        return out
+
+    def _recorded(self, tokens: int) -> list[dict[str, Any]]:
+        """Return what the model gives each of its layers, for windows of ``tokens`` tokens."""
+        if tokens not in self._keywords:
+            parent = self._model.get_submodule(self._parent)
+            recorders = nn.ModuleList(_Recorder() for _ in range(self.checkpoint.num_layers))
+            name, norm_name = self._layers_name, self.checkpoint.architecture.tensors["norm"].split(".")[-2]
+            try:
+                setattr(parent, name, recorders)
+                setattr(parent, norm_name, nn.Identity())
+                states = torch.zeros(1, tokens, self.checkpoint.hidden_size, device=self.device)
+                with torch.no_grad():
+                    parent(inputs_embeds=states, use_cache=False)
+            finally:
+                setattr(parent, name, self._layers)
+                setattr(parent, norm_name, self._norm)
+            self._keywords = {tokens: [recorder.keywords for recorder in recorders]}  # one shape at a time
+        return self._keywords[tokens]
+
+
+class _Recorder(nn.Module):
+    """Stands in for a decoder layer: keeps the keyword arguments, passes the state through."""
+
+    def forward(self, states: Tensor, **keywords: Any) -> Tensor:
+        self.keywords = keywords
+        return states
+
+
+def pick_device(name: str) -> torch.device:
+    """Turn ``auto``, ``cpu``, ``cuda`` or ``cuda:N`` into a torch device.
+
+    Raises:
+        UsageError: it is not one of these, or not on this machine.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    kind, _, number = name.partition(":")
+    if kind not in ("cpu", "cuda") or (number and not number.isdigit()):
+        raise UsageError(f"unknown --device {name!r}", "Use cpu, cuda, cuda:N or auto.")
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise UsageError("--device cuda: torch sees no CUDA device", "Use --device cpu, or install a CUDA build of torch.")
+    if number and int(number) >= torch.cuda.device_count():
+        raise UsageError(f"--device {name}: there are {torch.cuda.device_count()} CUDA devices")
+    return torch.device(name)
+
+
+def check_finite(states: Tensor, where: str) -> None:
+    """Raise if a state holds NaN or infinity.
+
+    Raises:
+        MkaError: naming ``where``.
+    """
+    if not bool(torch.isfinite(states).all()):
+        raise MkaError(f"{where} makes NaN or infinity", "The model is damaged or needs another precision.")

@@ -1,0 +1,33 @@
+"""The tokenizer of a checkpoint, as transformers reads it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from mka_export.errors import CheckpointError
+
+
+def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
+    """Load the tokenizer in checkpoint folder ``path``.
+
+    Raises:
+        CheckpointError: there is none that transformers reads without custom code.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False, local_files_only=True)
+    except Exception as error:  # transformers raises whatever its parsers raise
+        raise CheckpointError(f"cannot load the tokenizer in {path}: {error}", "A checkpoint carries tokenizer.json or tokenizer.model.") from error
+    return tokenizer
+
+
+def text_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """Return the ids of ``text`` alone: no BOS, no EOS; special tokens spelled in it are read as such."""
+    return list(tokenizer.encode(text, add_special_tokens=False))
+
+
+def leading_id(tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """Return the BOS id if the tokenizer puts one before every text, else None."""
+    ids = tokenizer.encode("a")
+    return tokenizer.bos_token_id if ids and ids[0] == tokenizer.bos_token_id else None

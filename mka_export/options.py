@@ -1,0 +1,139 @@
+"""Every option once: the frozen objects the pipeline is given, and the command-line flags made from them."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import MISSING, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import click
+
+from mka_export.errors import UsageError
+
+Command = Callable[..., Any]
+FILE = click.Path(path_type=Path, dir_okay=False)
+
+
+def option(default: Any, help: str, **click_arguments: Any) -> Any:
+    """Declare a field of an options object, and with it its flag (``--`` and the name with dashes)."""
+    return field(default=default, metadata={"help": help, **click_arguments})
+
+
+@dataclass(frozen=True)
+class TextOptions:
+    """Which text the model is looked at with, and which it is judged by."""
+
+    calibration: Path | None = option(None, "Text file to calibrate with, UTF-8. Default: the embedded text.", type=FILE)
+    calibration_tokens: int = option(16384, "Tokens of it to use, in windows of 512.", type=click.IntRange(min=512))
+    text: Path | None = option(None, "Text file to evaluate on, UTF-8. Default: the embedded text.", type=FILE)
+    windows: int = option(16, "Evaluation windows, evenly spread over the text.", type=click.IntRange(min=2))
+    window_tokens: int = option(512, "Tokens in each.", type=click.IntRange(min=16))
+
+
+@dataclass(frozen=True)
+class MergeOptions:
+    """How layers are chosen and merged."""
+
+    ratio: float | None = option(
+        None, "Share of layers to remove: 0.1 of 30 layers removes 3. Rounded to the nearest layer, halves up.", type=float
+    )
+    method: str = option(
+        "mka",
+        "mka: both layers' neurons compete, down_proj is refitted. mka-paper: the weighted average of the paper.",
+        type=str,
+    )
+    schedule: str = option(
+        "iterative",
+        "iterative: measure again after each merge. one-shot: choose all pairs from one similarity matrix.",
+        type=click.Choice(["iterative", "one-shot"]),
+    )
+    alpha: float | None = option(
+        None, "Weight of the lower layer in an average. Default: the similarity.", type=click.FloatRange(0.0, 1.0)
+    )
+    protect: int = option(4, "Early layers that take no part.", type=click.IntRange(min=0))
+    plan: Path | None = option(None, "Replay this merge plan instead of choosing.", type=FILE)
+
+
+@dataclass(frozen=True)
+class ConvertOptions:
+    """What to make."""
+
+    to: tuple[str, ...] = option((), "Target: a name from 'mka-export targets', or a .toml file. Can be repeated.", multiple=True)
+    imatrix: str = option(
+        "auto",
+        "Let the calibration text guide the quantizer. auto: at 4 bits and fewer.",
+        type=click.Choice(["auto", "none"]),
+    )
+    max_fallback: float | None = option(
+        None,
+        "Refuse an artifact with a larger share of weights in another type than asked, because their rows do not fit.",
+        type=click.FloatRange(0.0, 1.0),
+    )
+
+
+@dataclass(frozen=True)
+class LimitOptions:
+    """Parity limits that override the target's."""
+
+    max_ppl_ratio: float | None = option(None, "Artifact perplexity / original perplexity.", type=click.FloatRange(min=0, min_open=True))
+    max_mean_kl: float | None = option(None, "Mean KL divergence from the original, nats.", type=click.FloatRange(min=0))
+    min_top1: float | None = option(None, "Share of positions where both prefer the same token.", type=click.FloatRange(0, 1))
+    conversion_max_ppl_ratio: float | None = option(
+        None, "Artifact perplexity / that of the checkpoint it was made from.", type=click.FloatRange(min=0, min_open=True)
+    )
+    conversion_max_mean_kl: float | None = option(None, "Mean KL from that checkpoint, nats.", type=click.FloatRange(min=0))
+    conversion_min_top1: float | None = option(None, "Top-1 agreement with that checkpoint.", type=click.FloatRange(0, 1))
+
+
+@dataclass(frozen=True)
+class DeviceOptions:
+    """Where to compute."""
+
+    device: str = option("auto", "For torch: cpu, cuda, cuda:N or auto.", type=str)
+    gpu_layers: int = option(0, "Layers llama.cpp puts on the GPU; -1 for all.", type=click.IntRange(min=-1))
+
+
+@dataclass(frozen=True)
+class OutputOptions:
+    """Where results go, and how much is said."""
+
+    out: Path | None = option(None, "Output folder.", type=click.Path(path_type=Path))
+    revision: str | None = option(None, "Commit, tag or branch of a hub model.", type=str)
+    json: bool = option(False, "Print the report as JSON on stdout.", is_flag=True)
+    quiet: bool = option(False, "No progress on stderr.", is_flag=True)
+
+
+def options(**groups: type) -> Callable[[Command], Command]:
+    """Give a command the flags of some options objects; it receives the objects, by the names given here."""
+
+    def decorate(command: Command) -> Command:
+        @functools.wraps(command)
+        def call(**values: Any) -> Any:
+            for name, group in groups.items():
+                values[name] = group(**{f.name: values.pop(f.name) for f in fields(group)})
+            return command(**values)
+
+        for group in reversed(groups.values()):
+            for f in reversed(fields(group)):
+                arguments = dict(f.metadata)
+                default = None if f.default is MISSING else f.default
+                shown = default not in (None, False, ())
+                name = "--" + f.name.replace("_", "-")
+                call = click.option(name, f.name, default=default, show_default=shown, **arguments)(call)
+        return call
+
+    return decorate
+
+
+def require_targets(names: tuple[str, ...]) -> None:
+    """Check that some target is named, and none twice.
+
+    Raises:
+        UsageError: otherwise.
+    """
+    if not names:
+        raise UsageError("no --to", "Say what to make, for example --to gguf-q4; 'mka-export targets' lists them.")
+    if len(set(names)) < len(names):
+        raise UsageError(f"--to names a target twice: {', '.join(names)}")

@@ -1,0 +1,143 @@
+"""Measure an artifact against what it came from, on the same token windows."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from mka_export.parity.metrics import ARTIFACT, Scores, Values, score
+from mka_export.parity.runtimes import Runtime, Windows
+from mka_export.parity.statistics import Interval, bootstrap_means, perplexity
+from mka_export.progress import Progress
+
+ORIGINAL, MERGED = "original", "merged"
+CONVERSION, COMPRESSION = "conversion", "compression"
+
+
+@dataclass(frozen=True)
+class Step:
+    """One model on the way from the original to the artifact.
+
+    Attributes:
+        name: ``original``, ``merged`` or ``artifact``.
+        runtime: the runtime it was measured in.
+        device: where that computed.
+        nll: mean negative log-likelihood, nats a token.
+        perplexity: exp(nll).
+        perplexity_se: its standard error; NaN for a single window.
+        bits_per_byte: comparable between tokenizers; None if the text's bytes are not known.
+        vocab_size: columns of its distributions.
+    """
+
+    name: str
+    runtime: str
+    device: str
+    nll: float
+    perplexity: float
+    perplexity_se: float
+    bits_per_byte: float | None
+    vocab_size: int
+
+
+@dataclass(frozen=True)
+class Difference:
+    """The artifact against one reference, with 95 % intervals.
+
+    Attributes:
+        against: name of the reference's step.
+        tokens: predicted tokens.
+        ln_ppl_ratio: ln(artifact perplexity / reference perplexity).
+        mean_kl: mean KL(reference ‖ artifact), nats a token.
+        median_kl, p99_kl: over tokens.
+        top1: share of positions where both prefer the same token.
+    """
+
+    against: str
+    tokens: int
+    ln_ppl_ratio: Interval
+    mean_kl: Interval
+    median_kl: float
+    p99_kl: float
+    top1: Interval
+
+    @property
+    def ppl_ratio(self) -> Interval:
+        """Artifact perplexity / reference perplexity."""
+        return self.ln_ppl_ratio.exp()
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Everything measured on one artifact.
+
+    Attributes:
+        windows: number of token windows.
+        steps: the models, from the original to the artifact.
+        differences: ``conversion`` (against the checkpoint it was made from) and ``compression`` (against the
+            original model), never mixed.
+    """
+
+    windows: int
+    steps: tuple[Step, ...]
+    differences: Mapping[str, Difference]
+
+    def step(self, name: str) -> Step:
+        """Return the step called ``name``."""
+        return next(step for step in self.steps if step.name == name)
+
+
+def measure(
+    artifact: Runtime,
+    original: Runtime,
+    checkpoint: Runtime | None,
+    windows: Windows,
+    *,
+    bytes_per_token: float | None = None,
+    progress: Progress | None = None,
+) -> Comparison:
+    """Measure ``artifact`` against the original model and the checkpoint it was made from.
+
+    Args:
+        artifact: the artifact in the runtime that ships with it.
+        original: the original model.
+        checkpoint: what was converted: the merged checkpoint, or ``original`` itself where nothing was merged;
+            None if it is not known, and there is no conversion to judge.
+        windows: (windows, tokens) ids.
+        bytes_per_token: UTF-8 bytes of the evaluation text over its tokens, for bits per byte.
+        progress: where the passes are shown.
+
+    Raises:
+        RuntimeFailure: a runtime cannot run its model.
+    """
+    references = {ORIGINAL: original}
+    if checkpoint is not None and checkpoint is not original:
+        references[MERGED] = checkpoint
+    scores = score(windows, artifact, references, progress)
+    runtimes = {**references, ARTIFACT: artifact}
+    steps = tuple(_step(name, runtime, scores.nll[name], bytes_per_token) for name, runtime in runtimes.items())
+    by_reference = {name: _difference(name, scores) for name in references}
+    differences = {}
+    if checkpoint is not None:
+        differences[CONVERSION] = by_reference[ORIGINAL if checkpoint is original else MERGED]
+    differences[COMPRESSION] = by_reference[ORIGINAL]
+    return Comparison(len(windows), steps, differences)
+
+
+def _step(name: str, runtime: Runtime, nll: Values, bytes_per_token: float | None) -> Step:
+    value, error = perplexity(nll)
+    mean = float(nll.mean())
+    bits = mean / math.log(2) / bytes_per_token if bytes_per_token else None
+    return Step(name, runtime.name, runtime.device, mean, value, error, bits, runtime.vocab_size)
+
+
+def _difference(reference: str, scores: Scores) -> Difference:
+    divergence = scores.divergence[reference]
+    with np.errstate(invalid="ignore"):  # inf - inf: a broken model, judged as such
+        gap = scores.nll[ARTIFACT] - scores.nll[reference]
+        median, p99 = np.quantile(divergence.kl, [0.5, 0.99])
+    means = np.stack([v.mean(axis=1) for v in (gap, divergence.kl, divergence.same_top)], axis=1)
+    ratio, kl, top1 = bootstrap_means(means)
+    return Difference(reference, gap.size, ratio, kl, float(median), float(p99), top1)

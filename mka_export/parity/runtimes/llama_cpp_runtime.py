@@ -1,0 +1,209 @@
+"""llama.cpp, through the C interface of llama-cpp-python: GGUF files as laptops and phones run them."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from collections import deque
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import llama_cpp
+import numpy as np
+from numpy.typing import NDArray
+
+from mka_export.errors import RuntimeFailure, UsageError
+from mka_export.parity.runtimes import LogProbs, Windows
+
+BATCH = 128  # positions whose logits the library holds at a time: 78 MB at a vocabulary of 152 000
+_WARNING, _ERROR, _CONTINUED = 3, 4, 5  # enum ggml_log_level in ggml.h (llama_cpp/_logger.py has others)
+_log: deque[str] = deque(maxlen=8)  # the library's latest warnings and errors
+
+
+@llama_cpp.llama_log_callback  # type: ignore[untyped-decorator]
+def _keep_log(level: int, text: bytes, _data: ctypes.c_void_p) -> None:
+    line = text.decode("utf-8", "replace").strip()
+    if line and (level in (_WARNING, _ERROR) or (level == _CONTINUED and _log)):
+        _log.append(line)
+
+
+class LlamaCppRuntime:
+    """A GGUF file in llama.cpp, with the library's own defaults (float16 key-value cache, attention kernel).
+
+    ``tokenize`` is the library's tokenizer without BOS and EOS, special tokens parsed. Where the file sets
+    ``tokenizer.ggml.add_space_prefix`` (SentencePiece) the library puts its space before the text; that is
+    part of the tokenizer, transformers does the same for such a model, and so the ids compare. A file in
+    which the key is wrong gives other ids than the original, which is a fault worth finding.
+
+    Args:
+        path: the GGUF file.
+        gpu_layers: layers computed on the GPU; 0 keeps all work on the CPU, -1 puts all on the GPU.
+        threads: CPU threads; by default as many as this process may use.
+
+    Raises:
+        RuntimeFailure: llama.cpp cannot load the file; the message carries what the library logged.
+        UsageError: GPU layers are asked of a build without GPU support.
+    """
+
+    name = "llama.cpp"
+
+    def __init__(self, path: Path, *, gpu_layers: int = 0, threads: int | None = None) -> None:
+        if gpu_layers and not llama_cpp.llama_supports_gpu_offload():
+            raise UsageError(
+                f"--gpu-layers {gpu_layers}: this build of llama-cpp-python has no GPU support",
+                "Leave the option out, or install a CUDA, Metal or Vulkan build.",
+            )
+        self.path, self._gpu_layers, self._threads = path, gpu_layers, threads or _usable_cores()
+        self.device = f"gpu ({gpu_layers if gpu_layers > 0 else 'all'} layers)" if gpu_layers else "cpu"
+        self._model: Any = None
+        self._context: Any = None
+        self._context_tokens = 0
+        llama_cpp.llama_log_set(_keep_log, ctypes.c_void_p(0))
+        llama_cpp.llama_backend_init()
+        params = llama_cpp.llama_model_default_params()
+        params.n_gpu_layers = gpu_layers
+        params.check_tensors = True  # invalid block scales are found here, not as NaN later
+        _log.clear()
+        if not path.is_file():
+            raise RuntimeFailure(f"{path} is not a file", "Give a .gguf file.")
+        self._model = llama_cpp.llama_model_load_from_file(os.fsencode(path), params)
+        if not self._model:
+            raise self._failure("cannot load")
+        self._vocab = llama_cpp.llama_model_get_vocab(self._model)
+        self.vocab_size = int(llama_cpp.llama_vocab_n_tokens(self._vocab))
+
+    def tokenize(self, text: str) -> list[int]:
+        """Turn text into ids; see the class for what comes before the text."""
+        data = text.encode()
+        room = len(data) + 8  # never more tokens than bytes, but for a prefix
+        ids = (llama_cpp.llama_token * room)()
+        count = llama_cpp.llama_tokenize(self._vocab, data, len(data), ids, room, False, True)
+        if count < 0:
+            raise self._failure(f"cannot tokenize {text[:40]!r}")
+        return list(ids[:count])
+
+    def detokenize(self, ids: Sequence[int]) -> str:
+        """Turn ids into text, special tokens spelled out."""
+        array = (llama_cpp.llama_token * len(ids))(*ids)
+        room = -llama_cpp.llama_detokenize(self._vocab, array, len(ids), None, 0, False, True)
+        if room <= 0:
+            return ""
+        text = ctypes.create_string_buffer(room)
+        count = llama_cpp.llama_detokenize(self._vocab, array, len(ids), text, room, False, True)
+        return text.raw[: max(count, 0)].decode("utf-8", "replace")
+
+    def log_probs(self, windows: Windows) -> Iterator[LogProbs]:
+        """Yield, window by window, (tokens, vocabulary) log-probabilities; row t is for token t + 1.
+
+        The key-value cache holds one window and is cleared before each.
+        """
+        for window in windows:
+            self._start(len(window))
+            out = np.empty((len(window), self.vocab_size), dtype=np.float32)
+            for start in range(0, len(window), BATCH):
+                part = slice(start, start + BATCH)
+                out[part] = self._decode(window[part], start, every=True)
+                log_softmax(out[part])
+            yield out
+
+    def generate(self, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> list[list[int]]:
+        """Continue each prompt greedily, up to a token that the file marks as ending generation."""
+        return [self._continue(np.asarray(prompt, dtype=np.int64), max_new_tokens) for prompt in prompts]
+
+    def close(self) -> None:
+        """Free the model."""
+        self._free_context()
+        if self._model:
+            llama_cpp.llama_model_free(self._model)
+            self._model = None
+
+    def _continue(self, prompt: NDArray[np.int64], max_new_tokens: int) -> list[int]:
+        if not len(prompt):
+            raise RuntimeFailure("a prompt has no tokens", "Give at least one.")
+        self._start(len(prompt) + max_new_tokens)
+        for start in range(0, len(prompt), BATCH):
+            logits = self._decode(prompt[start : start + BATCH], start, every=False)
+        new: list[int] = []
+        while len(new) < max_new_tokens:
+            token = int(logits[-1].argmax())
+            if llama_cpp.llama_vocab_is_eog(self._vocab, token):
+                break
+            new.append(token)
+            logits = self._decode(np.array([token]), len(prompt) + len(new) - 1, every=False)
+        return new
+
+    def _start(self, tokens: int) -> None:
+        """Make an empty context that holds at least ``tokens`` tokens."""
+        if tokens <= self._context_tokens:
+            llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(self._context), True)
+            return
+        self._free_context()
+        params = llama_cpp.llama_context_default_params()
+        params.n_ctx = tokens
+        params.n_batch = params.n_ubatch = BATCH
+        params.n_threads = params.n_threads_batch = self._threads
+        params.offload_kqv = params.op_offload = bool(self._gpu_layers)
+        _log.clear()
+        self._context = llama_cpp.llama_init_from_model(self._model, params)
+        if not self._context:
+            raise self._failure("cannot make a context for")
+        self._context_tokens = tokens
+
+    def _decode(self, ids: NDArray[np.int64], position: int, *, every: bool) -> NDArray[np.float32]:
+        """Run ``ids`` from ``position`` on; return logits of all of them, or of the last: (1 or n, vocabulary).
+
+        The array is the library's own and valid until the next call.
+        """
+        n = len(ids)
+        if ids.min() < 0 or ids.max() >= self.vocab_size:
+            raise RuntimeFailure(f"{self.path} has {self.vocab_size} tokens; asked for id {ids.max()}")
+        batch = llama_cpp.llama_batch_init(n, 0, 1)
+        try:
+            batch.n_tokens = n
+            for i in range(n):
+                batch.token[i] = int(ids[i])
+                batch.pos[i] = position + i
+                batch.n_seq_id[i] = 1
+                batch.seq_id[i][0] = 0
+                batch.logits[i] = every or i == n - 1
+            _log.clear()
+            if code := llama_cpp.llama_decode(self._context, batch):
+                raise self._failure(f"llama_decode returned {code} for")
+        finally:
+            llama_cpp.llama_batch_free(batch)
+        first = llama_cpp.llama_get_logits_ith(self._context, 0 if every else n - 1)
+        if not first:
+            raise self._failure("no logits from")
+        return np.ctypeslib.as_array(first, shape=(n if every else 1, self.vocab_size))
+
+    def _free_context(self) -> None:
+        if self._context:
+            llama_cpp.llama_free(self._context)
+            self._context, self._context_tokens = None, 0
+
+    def _failure(self, what: str) -> RuntimeFailure:
+        lines = [line for line in _log if "failed to load model" not in line]  # the callers' echoes of the cause
+        said = f": {'; '.join(lines)}" if lines else ""
+        return RuntimeFailure(
+            f"llama.cpp: {what} {self.path}{said}", "The file is damaged, or newer than this llama.cpp."
+        )
+
+
+def open_runtime(path: Path, *, gpu_layers: int = 0, threads: int | None = None) -> LlamaCppRuntime:
+    """Load a GGUF file; arguments and errors are those of ``LlamaCppRuntime``."""
+    return LlamaCppRuntime(path, gpu_layers=gpu_layers, threads=threads)
+
+
+def log_softmax(logits: NDArray[np.float32]) -> None:
+    """Turn each row of ``logits`` (rows, vocabulary) into natural log-probabilities, in place.
+
+    The largest logit is taken off first and the sum is made in float64, so nothing overflows.
+    """
+    logits -= logits.max(axis=1, keepdims=True)
+    total = np.exp(logits).sum(axis=1, keepdims=True, dtype=np.float64)
+    logits -= np.log(total).astype(np.float32)
+
+
+def _usable_cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -1,0 +1,78 @@
+"""``report.json``: checked against its published schema, ``report.schema.json`` beside this file."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from jsonschema import Draft202012Validator
+from jsonschema.exceptions import best_match
+
+from mka_export.errors import MkaError
+from mka_export.workspace import write_atomically
+
+FORMAT = "mka-export/report"
+VERSION = 1
+SCHEMA = Path(__file__).with_name("report.schema.json")
+
+
+def write_report(report: dict[str, Any], path: Path) -> dict[str, Any]:
+    """Write ``report`` to ``path``, all or nothing, and return it as it was written.
+
+    JSON has no NaN or infinity: such a number becomes null, with a line in ``warnings`` that says which.
+
+    Raises:
+        MkaError: the report does not follow its schema, or the file cannot be written.
+    """
+    lost = [f"{'.'.join(map(str, where))} was {value}: written as null" for where, value in _not_finite(report, ())]
+    written: dict[str, Any] = _with_nulls(report)
+    if lost:
+        written["warnings"] = [*written.get("warnings", ()), *lost]
+    check_report(written)
+    try:
+        write_atomically(path, written)
+    except OSError as error:
+        raise MkaError(f"cannot write {path}: {error.strerror}") from error
+    return written
+
+
+def check_report(report: object) -> None:
+    """Check ``report`` against the schema.
+
+    Raises:
+        MkaError: it does not follow it; the message names the first place.
+    """
+    if (error := best_match(_validator().iter_errors(report))) is not None:
+        where = ".".join(map(str, error.absolute_path)) or "its top level"
+        raise MkaError(
+            f"the report breaks its schema at {where}: {error.message[:200]}", "This is a fault of mka-export."
+        )
+
+
+@cache
+def _validator() -> Draft202012Validator:
+    return Draft202012Validator(json.loads(SCHEMA.read_text(encoding="utf-8")))
+
+
+def _is_lost(value: object) -> bool:
+    return isinstance(value, float) and not math.isfinite(value)
+
+
+def _not_finite(value: object, where: tuple[object, ...]) -> Iterator[tuple[tuple[object, ...], object]]:
+    if _is_lost(value):
+        yield where, value
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, (list, tuple)) else ()
+    for key, inner in items:
+        yield from _not_finite(inner, (*where, key))
+
+
+def _with_nulls(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _with_nulls(inner) for key, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_with_nulls(inner) for inner in value]
+    return None if _is_lost(value) else value

@@ -1,0 +1,209 @@
+"""The report on a terminal: the verdict first, then the figures behind it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from itertools import groupby
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+STYLES = {"pass": "bold white on green", "fail": "bold white on red", "inconclusive": "bold black on yellow"}
+COLOURS = {"pass": "green", "fail": "red", "inconclusive": "yellow"}
+NONE = "–"
+
+
+def print_report(report: Mapping[str, Any], console: Console) -> None:
+    """Print ``report`` (the layout is in ``report.schema.json``) for a person to read."""
+    for target in report["targets"]:
+        _print_verdict(target, console)
+    console.print()
+    for line in _about_the_model(report):
+        console.print(Text(line))
+    for target in report["targets"]:
+        _print_target(target, console)
+    _print_warnings(report["warnings"], console)
+    console.print(Text(_about_the_run(report), style="dim"))
+
+
+def _print_verdict(target: Mapping[str, Any], console: Console) -> None:
+    verdict = target["verdict"]
+    line = Text.assemble((f" {verdict.upper()} ", STYLES[verdict]), "  ", (target["name"], "bold"))
+    if target["artifact"]:
+        line.append(f"  {target['artifact']['path']}")
+    console.print(line, soft_wrap=True)
+    if target.get("error"):
+        console.print(Text(f"  {target['error']}", style=COLOURS["fail"]))
+    for kind, comparison in target["comparisons"].items():
+        for check in comparison["checks"]:
+            if check["verdict"] != "pass":
+                reason = check["reason"]
+                named = reason if reason.lower().startswith(kind) else f"{kind}: {reason}"
+                console.print(Text(f"  {named}", style=COLOURS[check["verdict"]]))
+    _print_warnings(target["warnings"], console)
+
+
+def _about_the_model(report: Mapping[str, Any]) -> Iterator[str]:
+    model, merge, evaluation = report["model"], report["merge"], report["evaluation"]
+    source = model["source"]
+    pinned = f" at {source['revision'][:12]}" if source.get("revision") else ""
+    yield (
+        f"Model     {model['name']} ({source['kind']} {source['id']}{pinned}): "
+        f"{model['layers']} layers, {model['parameters'] / 1e6:,.0f} M parameters, {_size(model['nbytes'])}"
+    )
+    if merge:
+        calibration = merge["calibration"]
+        yield (
+            f"Merge     {merge['layers_before']} → {merge['layers_after']} layers by {merge['method']}, measure "
+            f"{merge['measure']}, calibrated on {calibration['tokens']:,} tokens of {_text(calibration['source'])}"
+        )
+        if spans := merge.get("layers"):
+            yield f"Layers    {_spans(spans)}"
+    yield (
+        f"Measured  on {evaluation['windows']} windows of {evaluation['window_tokens']} tokens of "
+        f"{_text(evaluation['text'])} ({evaluation['tokens']:,} predictions)"
+    )
+
+
+def _print_target(target: Mapping[str, Any], console: Console) -> None:
+    console.print()
+    console.rule(Text(target["name"], style="bold"), align="left", characters="─")
+    runtime = target["runtime"]
+    if target["artifact"]:
+        for line in _about_the_artifact(target["artifact"]):
+            console.print(Text(line))
+    versions = ", ".join(f"{name} {version}" for name, version in runtime["versions"].items())
+    console.print(Text(f"Runtime   {runtime['name']} on {runtime['device']}" + (f" ({versions})" if versions else "")))
+    tokenizer = target["tokenizer"]
+    if tokenizer and tokenizer["identical"]:
+        console.print(Text(f"Tokens    the same ids as the original's on {tokenizer['texts']} texts"))
+    elif tokenizer:
+        console.print(Text(f"Tokens    DIFFERENT: {tokenizer['first_difference']}", style=COLOURS["fail"]))
+    if target["steps"]:
+        console.print(_steps(target["steps"]))
+    if target["comparisons"]:
+        console.print(_comparisons(target["comparisons"]))
+    if target["samples"]:
+        console.print(_samples(target["samples"]))
+
+
+def _about_the_artifact(artifact: Mapping[str, Any]) -> Iterator[str]:
+    details = artifact["details"]
+    share = artifact["share_of_original"]
+    bits = details.get("bits_per_weight")
+    yield (
+        f"Size      {_size(artifact['nbytes'])}"
+        + (f", {100 * share:.1f} % of the original" if share is not None else "")
+        + (f", {bits:.2f} bits a weight" if bits is not None else "")
+    )
+    if types := details.get("types"):
+        yield f"Tensors   {_counts(types)}"
+    if fallbacks := details.get("fallback_types"):
+        share = details.get("fallback_share")
+        of_weights = f", {100 * share:.1f} % of the weights" if share is not None else ""
+        yield f"Fallback  {_counts(fallbacks)}{of_weights}: their rows do not fit the type's blocks"
+
+
+def _steps(steps: list[Mapping[str, Any]]) -> Table:
+    table = _table("Step by step", "perplexity", "bits a byte", "measured in")
+    for step in steps:
+        perplexity = _number(step["perplexity"])
+        if step["perplexity_se"] is not None:
+            perplexity += f" ± {_number(step['perplexity_se'], 2)}"
+        table.add_row(step["name"], perplexity, _number(step["bits_per_byte"]), f"{step['runtime']}, {step['device']}")
+    return table
+
+
+def _comparisons(comparisons: Mapping[str, Mapping[str, Any]]) -> Table:
+    table = _table("95 % intervals", *(f"{kind} against {c['against']}" for kind, c in comparisons.items()))
+    kinds = list(comparisons.values())
+    table.add_row("perplexity ratio", *(_interval(c["ppl_ratio"]) + _judged(c, "ppl_ratio", "≤") for c in kinds))
+    table.add_row(
+        "mean KL, nats",
+        *(_interval({**c["kl"], "value": c["kl"]["mean"]}) + _judged(c, "mean_kl", "≤") for c in kinds),
+    )
+    table.add_row("median, p99 KL", *(Text(f"{_number(c['kl']['median'])}, {_number(c['kl']['p99'])}") for c in kinds))
+    table.add_row("same top token", *(_interval(c["top1"], 100, " %") + _judged(c, "top1", "≥", 100) for c in kinds))
+    table.add_row("verdict", *(Text(c["verdict"], style=COLOURS[c["verdict"]]) for c in kinds))
+    return table
+
+
+def _samples(samples: list[Mapping[str, str]]) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, expand=True)
+    for heading in ("prompt", "original goes on", "artifact goes on"):
+        table.add_column(heading, ratio=1, overflow="fold")
+    for sample in samples:
+        table.add_row(*(Text(" ".join(sample[side].split())) for side in ("prompt", "original", "artifact")))
+    return table
+
+
+def _print_warnings(warnings: list[str], console: Console) -> None:
+    for warning in warnings:
+        console.print(Text(f"Warning: {warning}", style="bold yellow"))
+
+
+def _about_the_run(report: Mapping[str, Any]) -> str:
+    stages = ", ".join(
+        f"{s['name']} {'kept' if s['reused'] else NONE if s['seconds'] is None else format(s['seconds'], '.0f') + ' s'}"
+        for s in report["stages"]
+    )
+    peak = report["peak_memory_bytes"]
+    return "; ".join(part for part in (stages, f"peak memory {_size(peak)}" if peak is not None else "") if part)
+
+
+def _table(title: str, *columns: str) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column(title, no_wrap=True)
+    for column in columns:
+        table.add_column(column)
+    return table
+
+
+def _judged(comparison: Mapping[str, Any], metric: str, sign: str, scale: float = 1) -> Text:
+    """Return the limit on ``metric`` in the colour of its verdict; nothing where there is none."""
+    for check in comparison["checks"]:
+        if check["metric"] == metric:
+            return Text(f"  {sign} {scale * check['limit']:g}: {check['verdict']}", COLOURS[check["verdict"]])
+    return Text()
+
+
+def _interval(interval: Mapping[str, Any], scale: float = 1, unit: str = "") -> Text:
+    value, low, high = (_number(interval[key], 4, scale) for key in ("value", "low", "high"))
+    return Text(f"{value}{unit}" if NONE in (low, high) else f"{value}{unit} ({low} to {high})")
+
+
+def _number(value: float | None, digits: int = 4, scale: float = 1) -> str:
+    """Format with ``digits`` significant digits, without an exponent between 0.0001 and a million."""
+    if value is None or not math.isfinite(value):
+        return NONE
+    value *= scale
+    return f"{value:,.0f}" if 10**digits <= abs(value) < 1e6 else f"{value:#.{digits}g}".rstrip(".")
+
+
+def _text(source: str) -> str:
+    return "the embedded text" if source == "embedded" else source
+
+
+def _size(nbytes: int) -> str:
+    return f"{nbytes / 1e9:.2f} GB" if nbytes >= 1e9 else f"{nbytes / 1e6:.1f} MB"
+
+
+def _counts(counts: Mapping[str, int]) -> str:
+    return ", ".join(f"{count} {name}" for name, count in sorted(counts.items(), key=lambda item: -item[1]))
+
+
+def _spans(spans: list[list[int]]) -> str:
+    """Write spans of layers shortly: untouched runs as ``0 … 17``, merged layers as ``18+19``."""
+    parts: list[str] = []
+    for merged, group in groupby(enumerate(spans), key=lambda at: (at[1][0] < at[1][1], at[1][0] - at[0])):
+        members = [span for _, span in group]
+        if merged[0]:
+            parts += ["+".join(map(str, range(first, last + 1))) for first, last in members]
+        else:
+            first, last = members[0][0], members[-1][0]
+            parts.append(str(first) if first == last else f"{first} … {last}")
+    return ", ".join(parts)

@@ -1,0 +1,217 @@
+"""The output folder: stages published atomically, a manifest, a lock, and resuming.
+
+Every stage is a folder that appears under its name by one rename, with ``stage.json`` inside: what it was
+made from (inputs, settings, versions), and the sha256 of each of its files. A stage whose record matches
+is not made again. So whenever the work is killed, what stands under a final name is whole.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from mka_export.errors import WorkspaceError
+from mka_export.progress import Progress
+
+MANIFEST = "manifest.json"
+RECORD = "stage.json"
+LOCK = ".lock"
+FORMAT = "mka-export/workspace"
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A published stage.
+
+    Attributes:
+        name: folder name inside the workspace.
+        path: the folder.
+        seconds: how long it took to make.
+        reused: it was there already.
+        files: relative path -> sha256.
+    """
+
+    name: str
+    path: Path
+    seconds: float
+    reused: bool
+    files: Mapping[str, str]
+
+
+@dataclass
+class Workspace:
+    """An output folder that is ours, locked while in use.
+
+    Use as a context manager. An empty or absent folder becomes ours; one that holds files but no manifest
+    of ours is refused.
+
+    Raises:
+        WorkspaceError: it holds someone else's files, is in use by another process, or cannot be written.
+    """
+
+    path: Path
+    progress: Progress
+    stages: list[Stage] = field(default_factory=list)
+    _lock: Any = None
+
+    def __enter__(self) -> Workspace:
+        check_ours(self.path)
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._lock = (self.path / LOCK).open("w")
+        except OSError as error:
+            raise WorkspaceError(f"cannot write to {self.path}: {error.strerror}", "Choose another --out.") from error
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            self._lock.close()
+            raise WorkspaceError(f"{self.path} is in use by another mka-export", "Wait for it, or choose another --out.") from error
+        if not (self.path / MANIFEST).exists():
+            self.write_manifest({})
+        for left in self.path.glob(".*.making"):  # of a run that was killed
+            shutil.rmtree(left, ignore_errors=True)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
+        self._lock.close()
+
+    def stage(self, name: str, inputs: Mapping[str, Any], make: Callable[[Path], None]) -> Stage:
+        """Return stage ``name``, made by ``make(folder)`` unless it is there with the same ``inputs``.
+
+        Args:
+            inputs: JSON values that the result depends on, versions and fingerprints included.
+            make: writes the stage's files into an existing empty folder.
+        """
+        final = self.path / name
+        inputs = json.loads(json.dumps(inputs, sort_keys=True))
+        stage, why = _existing(final, name, inputs)
+        if stage is None:
+            if final.exists():
+                self.progress.say(f"{name}: made again, because {why}")
+            start = time.monotonic()
+            with publish_folder(final) as folder:
+                make(folder)
+                seconds = round(time.monotonic() - start, 2)
+                files = {str(p.relative_to(folder)): file_sha256(p) for p in sorted(folder.rglob("*")) if p.is_file()}
+                write_atomically(folder / RECORD, {"format": FORMAT, "inputs": inputs, "seconds": seconds, "files": files})
+            stage = Stage(name, final, seconds, False, files)
+        else:
+            self.progress.say(f"{name}: there already, kept")
+        self.stages.append(stage)
+        return stage
+
+    def write_manifest(self, contents: Mapping[str, Any]) -> None:
+        """Write ``manifest.json``: ``contents``, and every stage's files with their sha256."""
+        stages = {stage.name: dict(stage.files) for stage in self.stages}
+        write_atomically(self.path / MANIFEST, {"format": FORMAT, **contents, "stages": stages})
+
+
+def check_ours(path: Path) -> None:
+    """Check, without writing, that ``path`` is absent, empty, or a workspace.
+
+    Raises:
+        WorkspaceError: it is a file, or holds files that are not ours.
+    """
+    if path.exists() and not path.is_dir():
+        raise WorkspaceError(f"{path} is a file", "Choose another --out.")
+    if not path.is_dir() or (path / MANIFEST).is_file() and _format(path / MANIFEST) == FORMAT:
+        return
+    others = sorted(p.name for p in path.iterdir() if p.name != LOCK and not p.name.startswith(f".{MANIFEST}"))
+    if others:
+        raise WorkspaceError(
+            f"{path} holds files that mka-export did not make ({', '.join(others[:3])})", "Choose another --out; nothing was changed."
+        )
+
+
+@contextmanager
+def publish_folder(final: Path) -> Iterator[Path]:
+    """Yield a new folder beside ``final`` that takes that name, whole and on disk, when the block ends.
+
+    An older ``final`` is replaced. If the block raises, nothing of it stays.
+    """
+    making = final.with_name(f".{final.name}.making")
+    shutil.rmtree(making, ignore_errors=True)
+    making.mkdir(parents=True)
+    try:
+        yield making
+        for path in sorted(making.rglob("*"), reverse=True):
+            _sync(path)
+        _sync(making)
+        if final.exists():
+            # Two renames and not one: a kill between them leaves the stage absent, never half there.
+            old = final.with_name(f".{final.name}.old.making")
+            shutil.rmtree(old, ignore_errors=True)
+            final.rename(old)
+            making.rename(final)
+            shutil.rmtree(old, ignore_errors=True)
+        else:
+            making.rename(final)
+        _sync(final.parent)
+    finally:
+        shutil.rmtree(making, ignore_errors=True)
+
+
+def write_atomically(path: Path, data: object) -> None:
+    """Write ``data`` as JSON so that ``path`` holds either the old or the new contents, never a part."""
+    temporary = path.with_name(f".{path.name}.writing")
+    temporary.write_text(json.dumps(data, indent=2, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
+    _sync(temporary)
+    temporary.replace(path)
+
+
+def file_sha256(path: Path) -> str:
+    """Return the sha256 of a file, in hexadecimal."""
+    digest = hashlib.sha256()
+    with path.open("rb") as f:
+        while block := f.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def read_record(path: Path) -> dict[str, Any] | None:
+    """Return the record of the stage in folder ``path``, or None if it has none that can be read."""
+    try:
+        record = json.loads((path / RECORD).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return record if isinstance(record, dict) and record.get("format") == FORMAT else None
+
+
+def _existing(final: Path, name: str, inputs: Mapping[str, Any]) -> tuple[Stage | None, str]:
+    """Return the stage if it stands with these inputs and its bytes are unchanged, else why not."""
+    record = read_record(final)
+    if record is None:
+        return None, "its record is missing"
+    if record["inputs"] != inputs:
+        changed = sorted(k for k in {*inputs, *record["inputs"]} if inputs.get(k) != record["inputs"].get(k))
+        return None, f"these changed: {', '.join(changed)}"
+    for file, sha256 in record["files"].items():
+        if not (final / file).is_file() or file_sha256(final / file) != sha256:
+            return None, f"{file} is not as it was made"
+    return Stage(name, final, record["seconds"], True, record["files"]), ""
+
+
+def _format(manifest: Path) -> str | None:
+    try:
+        data = json.loads(manifest.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return data.get("format") if isinstance(data, dict) else None
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

