@@ -25,7 +25,7 @@ from mka_export.models.activations import Activations, calibrate
 from mka_export.models.checkpoint import Checkpoint, read_json, write_json
 from mka_export.models.runner import LayerRunner, pick_device
 from mka_export.models.sources import cache_folder, fetch, resolve
-from mka_export.models.text import sample_prompts, tokenizer_corpus
+from mka_export.models.text import sample_prompts, tokenizer_corpus, tokenizer_oddities
 from mka_export.models.tokenizer import leading_id, load_tokenizer
 from mka_export.options import ConvertOptions, DeviceOptions, LimitOptions, MergeOptions, OutputOptions, TextOptions
 from mka_export.parity.comparison import measure
@@ -129,6 +129,7 @@ class Job:
             "tokenizer": None,
             "samples": [],
         }
+        failures: list[str] = []
         corpus = [*tokenizer_corpus(), self._text.evaluation.text]
         limits = (target.conversion, target.compression)
         merged = self._checkpoint_runtime(checkpoint)
@@ -141,7 +142,10 @@ class Job:
                     "texts": len(corpus),
                     "first_difference": difference and str(difference),
                 }
-                failures = [] if difference is None else [str(difference)]
+                if difference is not None:
+                    failures.append(str(difference))
+                odd = first_difference(self.reference, runtime, tokenizer_oddities())
+                oddities = [f"unusual text: {odd}"] if odd and difference is None else []
                 comparison = measure(
                     runtime,
                     self.reference,
@@ -152,13 +156,13 @@ class Job:
                 )
                 continuations = _continuations(runtime, self.prompts)
         except RuntimeFailure as error:
-            return {**entry, **judge(None, *limits, failures=[str(error)]).to_dict()}
+            return {**entry, **judge(None, *limits, failures=[*failures, str(error)]).to_dict()}
         entry["samples"] = [
             {"prompt": p, "original": o, "artifact": a}
             for p, o, a in zip(sample_prompts(), self.reference_samples, continuations, strict=True)
         ]
         entry |= judge(comparison, *limits, failures=failures).to_dict()
-        entry["warnings"] = [*artifact.details.get("warnings", []), *entry["warnings"]]
+        entry["warnings"] = [*artifact.details.get("warnings", []), *oddities, *entry["warnings"]]
         return entry
 
     def _checkpoint_runtime(self, checkpoint: Checkpoint | None) -> Runtime | None:
@@ -259,9 +263,11 @@ class Export(Job):
             "method": plan["method"],
             "measure": plan["measure"],
             "ratio": len(plan["steps"]) / self.original.num_layers,
+            "schedule": plan["schedule"],
+            "protect": plan["protect"],
+            "layers": plan["layers"],
             "layers_before": self.original.num_layers,
             "layers_after": len(plan["layers"]),
-            "kept": [span[0] for span in plan["layers"]],
             "steps": plan["steps"],
             "calibration": plan["calibration"],
             "seconds": stage.seconds,

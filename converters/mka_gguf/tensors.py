@@ -55,8 +55,8 @@ class Entry:
         """
         tensor = self.read()
         stored = tensor.to(_DTYPES[self.kind])
-        if not bool(torch.isfinite(stored).all()):
-            if bool(torch.isfinite(tensor).all()):
+        if not _finite(stored):
+            if _finite(tensor):
                 largest = float(tensor.abs().max())
                 raise ConversionError(
                     f"tensor {self.source} reaches {largest:g}, more than {self.kind.name} can hold",
@@ -68,6 +68,10 @@ class Entry:
         bits = stored.view(torch.int16) if self.kind == GGMLQuantizationType.BF16 else stored
         array: NDArray[Any] = bits.contiguous().numpy()
         return array
+
+
+def _finite(tensor: Tensor) -> bool:
+    return bool(torch.stack(tensor.aminmax()).isfinite().all())  # NaN comes through; far faster than isfinite on all
 
 
 def gguf_names(checkpoint: Checkpoint) -> dict[str, str]:

@@ -9,9 +9,10 @@ from pathlib import Path
 
 import gguf
 import numpy as np
-from gguf import GGML_QUANT_SIZES, GGUFReader, GGUFWriter
+from gguf import GGML_QUANT_SIZES, GGUFWriter
 
 from mka_export.models.checkpoint import Checkpoint
+from mka_export.models.gguf_file import read_gguf
 from mka_export.progress import Task
 from mka_gguf.settings import Precision
 from mka_gguf.tensors import Entry
@@ -119,13 +120,13 @@ def read_contents(path: Path, precision: Precision) -> Contents:
     or F16 where 32 does not divide them either), and leaves everything else to the mix, all of whose types have
     the block of the main one or a larger one. So a matrix of smaller blocks is one that fell back.
     """
-    tensors = GGUFReader(path).tensors
-    matrices = [t for t in tensors if len(t.shape) > 1]
-    fallen = [t for t in matrices if GGML_QUANT_SIZES[t.tensor_type][0] < precision.block]
-    values = sum(int(t.n_elements) for t in matrices)
+    tensors = read_gguf(path).tensors.values()
+    matrices = [tensor for tensor in tensors if len(tensor.shape) > 1]
+    fallen = [tensor for tensor in matrices if GGML_QUANT_SIZES[tensor.type][0] < precision.block]
+    values = sum(prod(tensor.shape) for tensor in matrices)
     return Contents(
-        types=dict(sorted(Counter(t.tensor_type.name for t in tensors).items())),
-        fallbacks=dict(sorted(Counter(t.tensor_type.name for t in fallen).items())),
-        fallback_share=sum(int(t.n_elements) for t in fallen) / values,
-        bits_per_weight=8 * sum(int(t.n_bytes) for t in matrices) / values,
+        types=dict(sorted(Counter(tensor.type.name for tensor in tensors).items())),
+        fallbacks=dict(sorted(Counter(tensor.type.name for tensor in fallen).items())),
+        fallback_share=sum(prod(tensor.shape) for tensor in fallen) / values,
+        bits_per_weight=8 * sum(tensor.data.nbytes for tensor in matrices) / values,
     )

@@ -20,8 +20,10 @@ from mka_export.merge.similarity import Cells, cells, npib, similarity_matrix
 from mka_export.merge.trajectory import Trajectory
 from mka_export.models.checkpoint import CONFIG, Checkpoint, CheckpointWriter, copy_tokenizer, write_json
 from mka_export.models.runner import LayerRunner
-from mka_export.progress import Progress
+from mka_export.progress import Progress, Task
 
+PROBE_WINDOWS = 6
+GRAPH_NODES = 512
 PLAN, ACTIVATIONS, SIMILARITY, HEATMAP = "plan.json", "activations.safetensors", "similarity.json", "similarity.png"
 
 
@@ -80,10 +82,14 @@ def merge_stage(
         settings: how to choose, or a plan to replay.
     """
     checkpoint = runner.checkpoint
+    ids = torch.from_numpy(windows)
     with tempfile.TemporaryDirectory(prefix=".states-", dir=out) as folder:
-        trajectory = Trajectory(runner, torch.from_numpy(windows), Path(folder), progress)
-        view = _Similarities(trajectory)
-        before = view.matrix()
+        # All windows take part in a fit, and run only to the layers that are fitted; a few of them are
+        # enough for the graph of the similarity, and run to the top after every merge.
+        trajectory = Trajectory(runner, ids, Path(folder) / "all")
+        view = _Similarities(Trajectory(runner, ids[:: max(1, len(ids) // PROBE_WINDOWS)], Path(folder) / "probe"))
+        with progress.task("similarity of the layers", checkpoint.num_layers) as task:
+            before = view.matrix(task)
         steps = []
         choices = _replay(settings, trajectory) if isinstance(settings, Plan) else _choose(settings, view)
         total = len(settings.steps) if isinstance(settings, Plan) else settings.remove
@@ -92,14 +98,14 @@ def merge_stage(
                 lower, upper = trajectory.layers[position].span, trajectory.layers[position + 1].span
                 weights, figures = METHODS[settings.method](trajectory, position, alpha)
                 trajectory.replace(position, weights)
-                view.forget(position)
+                view.replace(position, weights)
                 steps.append(Step(lower, upper, similarity, alpha, figures))
                 task.advance()
         model = {"architecture": checkpoint.architecture.name, "layers": checkpoint.num_layers, "fingerprint": checkpoint.fingerprint}
         plan = Plan(model, settings.method, settings.schedule, settings.protect, calibration, steps)
         after = view.matrix()
         _write_checkpoint(trajectory, out)
-        trajectory.activations(str(calibration["sha256"])).save(out / ACTIVATIONS)
+        view.probe.activations(str(calibration["sha256"])).save(out / ACTIVATIONS)
     write_json(out / PLAN, plan.to_dict())
     write_json(out / SIMILARITY, {"measure": plan.measure, "before": before.round(6).tolist(), "after": after.round(6).tolist()})
     draw_heatmaps(before, after, plan.layers(), out / HEATMAP)
@@ -108,27 +114,36 @@ def merge_stage(
 class _Similarities:
     """The similarity of the layers under merge; only what a merge changed is computed again."""
 
-    def __init__(self, trajectory: Trajectory) -> None:
-        self.trajectory = trajectory
+    def __init__(self, probe: Trajectory) -> None:
+        self.probe = probe
         self._cells: list[Cells] = []
+        # Token positions as the graph's nodes, the same in every layer; never the first token of a
+        # window, whose massive activations would decide every distance.
+        windows, tokens = probe.ids.shape
+        count = min(GRAPH_NODES, windows * (tokens - 1))
+        chosen = np.sort(np.random.default_rng(0).choice(windows * (tokens - 1), count, replace=False))
+        self._nodes = torch.from_numpy(np.stack(np.divmod(chosen, tokens - 1))) + torch.tensor([[0], [1]])
 
     def neighbours(self) -> list[float]:
         """S of each layer and the next."""
         self._complete()
         return [npib(one, other) for one, other in zip(self._cells, self._cells[1:], strict=False)]
 
-    def matrix(self) -> NDArray[np.float64]:
+    def matrix(self, task: Task | None = None) -> NDArray[np.float64]:
         """S of every two layers."""
-        self._complete()
+        self._complete(task)
         return similarity_matrix(self._cells)
 
-    def forget(self, position: int) -> None:
-        """Say that the layers from ``position`` on have changed."""
+    def replace(self, position: int, weights: dict[str, torch.Tensor]) -> None:
+        """Follow a merge: the layers from ``position`` on have changed."""
+        self.probe.replace(position, weights)
         del self._cells[position:]
 
-    def _complete(self) -> None:
-        for position in range(len(self._cells), len(self.trajectory.layers)):
-            self._cells.append(cells(self.trajectory.nodes_after(position).double().numpy()))
+    def _complete(self, task: Task | None = None) -> None:
+        for position in range(len(self._cells), len(self.probe.layers)):
+            self._cells.append(cells(self.probe.nodes_after(position, self._nodes).double().numpy()))
+            if task is not None:
+                task.advance()
 
 
 def _choose(settings: Settings, view: _Similarities) -> Iterator[tuple[int, float, float]]:
@@ -172,3 +187,11 @@ def _write_checkpoint(trajectory: Trajectory, out: Path) -> None:
     kept = [layer.first for layer in trajectory.layers]
     write_json(out / CONFIG, architecture.config_for_layers(checkpoint.config, kept))
     copy_tokenizer(checkpoint.path, out)
+    _write_card(checkpoint.path / "README.md", out / "README.md", f"{len(kept)} of {checkpoint.num_layers} layers")
+
+
+def _write_card(source: Path, out: Path, what: str) -> None:
+    """Carry the front matter of a model card (licence, languages), with a line on what was done."""
+    text = source.read_text(encoding="utf-8") if source.is_file() else ""
+    front = text[: text.index("\n---", 3) + 4] + "\n\n" if text.startswith("---") and "\n---" in text[3:] else ""
+    out.write_text(f"{front}# Merged\n\n{what}, merged by mka-export: see plan.json.\n", encoding="utf-8")

@@ -122,7 +122,9 @@ class GGUFFile:
         """
         value = self.metadata.get(key, [])
         if not isinstance(value, list) or not all(type(item) is kind for item in value):
-            raise CheckpointError(f"{self.path}: {key} is no list of {kind.__name__}", "The file is damaged: fetch it again.")
+            raise CheckpointError(
+                f"{self.path}: {key} is no list of {kind.__name__}", "The file is damaged: fetch it again."
+            )
         return value
 
 
@@ -149,7 +151,7 @@ class _Header:
     """A cursor over the header that never goes past the end of the file."""
 
     def __init__(self, path: Path, data: NDArray[np.uint8]) -> None:
-        self.path, self.data, self.view, self.at = path, data, memoryview(data), 0
+        self.path, self.data, self.view, self.at = path, data, data.data, 0
 
     def read(self) -> tuple[dict[str, Any], dict[str, GGUFTensor]]:
         if bytes(self.view[:4]) != MAGIC:
@@ -182,7 +184,9 @@ class _Header:
 
     def need(self, length: int, what: str) -> None:
         if length > len(self.data) - self.at:
-            raise self.damaged(f"{what} goes past the end of the file ({length} bytes at {self.at} of {len(self.data)})")
+            raise self.damaged(
+                f"{what} goes past the end of the file ({length} bytes at {self.at} of {len(self.data)})"
+            )
 
     def scalar(self, code: str, what: str) -> Any:
         length = struct.calcsize(f"<{code}")
@@ -263,7 +267,9 @@ class _Header:
                 raise self.damaged(f"tensor {name} begins at an impossible offset ({offset})")
             end = offset + rows * row
             if start + end > len(self.data):
-                raise self.damaged(f"tensor {name} goes past the end of the file ({start + end} of {len(self.data)} bytes)")
+                raise self.damaged(
+                    f"tensor {name} goes past the end of the file ({start + end} of {len(self.data)} bytes)"
+                )
             data = self.data[start + offset : start + end].reshape(rows, row)
             found[name] = GGUFTensor(name, shape, kind, data)
         return {name: found[name] for name, *_ in infos}

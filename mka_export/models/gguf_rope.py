@@ -37,8 +37,10 @@ def rope_parameters(file: GGUFFile, arch: str, head_dim: int) -> dict[str, Any]:
         if kind != "none":
             raise UnsupportedError(f"{file.path} has {ROPE_FACTORS} and {kind} rope scaling", "Use another model.")
         factors = file.tensors[ROPE_FACTORS].rows(0, 1)[0].astype(np.float64)
-        if file.tensors[ROPE_FACTORS].shape != (head_dim // 2,) or not (factors >= 1).all():
-            raise CheckpointError(f"{file.path}: {ROPE_FACTORS} is not {head_dim // 2} factors of at least 1", "Fetch the file again.")
+        if file.tensors[ROPE_FACTORS].shape != (head_dim // 2,) or not ((factors >= 1) & np.isfinite(factors)).all():
+            raise CheckpointError(
+                f"{file.path}: {ROPE_FACTORS} is not {head_dim // 2} factors of at least 1", "Fetch the file again."
+            )
         return plain if (factors == 1).all() else {**plain, **_llama3(file, base, head_dim, factors)}
     if kind == "none" or factor == 1.0:
         return plain
@@ -87,4 +89,6 @@ def _llama3(file: GGUFFile, base: float, head_dim: int, factors: NDArray[np.floa
                 "high_freq_factor": high,
                 "original_max_position_embeddings": length,
             }
-    raise UnsupportedError(f"{file.path}: {ROPE_FACTORS} is not what Llama 3.1's formula gives", "Use the model it was made from.")
+    raise UnsupportedError(
+        f"{file.path}: {ROPE_FACTORS} is not what Llama 3.1's formula gives", "Use the model it was made from."
+    )

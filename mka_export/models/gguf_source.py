@@ -70,7 +70,9 @@ def gguf_to_checkpoint(path: Path, out: Path, progress: Progress) -> None:
     shapes = _check_tensors(file, config, names)
     tokens = write_tokenizer(file, out, config.max_position_embeddings)
     if len(tokens.texts) > config.vocab_size:
-        raise CheckpointError(f"{path} has {len(tokens.texts)} tokens and {config.vocab_size} embedding rows", "Use a complete file.")
+        raise CheckpointError(
+            f"{path} has {len(tokens.texts)} tokens and {config.vocab_size} embedding rows", "Use a complete file."
+        )
     _set_special(config, tokens)
     config.save_pretrained(out)
     ends = tokens.ends[0] if len(tokens.ends) == 1 else list(tokens.ends) or None
@@ -95,7 +97,7 @@ def _tensor_names(file: GGUFFile, architecture: Architecture, layers: int) -> di
     wanted = list(architecture.tensors.values())
     wanted += [architecture.layer_name(i, name) for i in range(layers) for name in architecture.roles]
     names = {name: table.get_name(name, try_suffixes=(".weight", ".bias")) for name in wanted}
-    found = {name: stored for name, stored in names.items() if stored in file.tensors}
+    found = {name: stored for name, stored in names.items() if stored is not None and stored in file.tensors}
     if unknown := sorted(set(file.tensors) - set(found.values()) - {ROPE_FACTORS}):
         more = f" and {len(unknown) - 4} more" if len(unknown) > 4 else ""
         raise UnsupportedError(
@@ -129,7 +131,9 @@ def _config(file: GGUFFile, architecture: Architecture, names: Mapping[str, str]
     head_dim = file.find(f"{arch}.attention.key_length", int) or hidden // heads
     for key in ("attention.value_length", "rope.dimension_count"):
         if (file.find(f"{arch}.{key}", int) or head_dim) != head_dim:
-            raise UnsupportedError(f"{file.path}: {arch}.{key} is not the head's width {head_dim}", "Use another model.")
+            raise UnsupportedError(
+                f"{file.path}: {arch}.{key} is not the head's width {head_dim}", "Use another model."
+            )
     context = _count(file, f"{arch}.context_length")
     embedding = names.get(architecture.tensors["embedding"])
     settings: dict[str, Any] = {
@@ -150,7 +154,9 @@ def _config(file: GGUFFile, architecture: Architecture, names: Mapping[str, str]
     try:
         config = getattr(transformers, architecture.classes[0]).config_class(**settings)
     except Exception as error:  # transformers raises whatever its validators raise
-        raise CheckpointError(f"{file.path} describes no {architecture.name} model: {error}", "Fetch the file again.") from error
+        raise CheckpointError(
+            f"{file.path} describes no {architecture.name} model: {error}", "Fetch the file again."
+        ) from error
     config.architectures = [architecture.classes[0]]
     config.dtype = dtype
     return config
@@ -163,7 +169,10 @@ def _decimal(value: float) -> float:
 
 def _biases(architecture: Architecture) -> dict[str, set[str]]:
     """Config flag -> the optional roles that exist where it is set."""
-    flags = {"attention_bias": {"q_bias", "k_bias", "v_bias", "o_bias"}, "mlp_bias": {"gate_bias", "up_bias", "down_bias"}}
+    flags = {
+        "attention_bias": {"q_bias", "k_bias", "v_bias", "o_bias"},
+        "mlp_bias": {"gate_bias", "up_bias", "down_bias"},
+    }
     return {flag: roles & set(architecture.optional) for flag, roles in flags.items()}
 
 
@@ -177,7 +186,9 @@ def _check_tensors(file: GGUFFile, config: Any, names: Mapping[str, str]) -> dic
         with torch.device("meta"):
             model = getattr(transformers, config.architectures[0])(config)
     except Exception as error:  # transformers and torch raise whatever they stumble over
-        raise CheckpointError(f"{file.path} describes a model that cannot be built: {error}", "Fetch the file again.") from error
+        raise CheckpointError(
+            f"{file.path} describes a model that cannot be built: {error}", "Fetch the file again."
+        ) from error
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     for name in model.all_tied_weights_keys:
         del shapes[name]

@@ -27,8 +27,29 @@ ID_KEYS = {"bos": "bos_token_id", "eos": "eos_token_id", "unk": "unknown_token_i
 END_KEYS = ("eos_token_id", "eot_token_id", "eom_token_id")
 # Whatever the file says of them, llama.cpp takes these for control tokens (its list of ends of generation).
 ENDS = frozenset(
-    "<|eot_id|> <|im_end|> <|end|> <|return|> <|call|> <|flush|> <|calls|> <end_of_turn> <|endoftext|> </s> <|eom_id|> <EOT> "
-    "_<EOT> [EOT] [EOS] <|end_of_text|> <end_of_utterance> <eos> <turn|> <|tool_response> <｜end▁of▁sentence｜>".split()
+    [
+        "<|eot_id|>",
+        "<|im_end|>",
+        "<|end|>",
+        "<|return|>",
+        "<|call|>",
+        "<|flush|>",
+        "<|calls|>",
+        "<end_of_turn>",
+        "<|endoftext|>",
+        "</s>",
+        "<|eom_id|>",
+        "<EOT>",
+        "_<EOT>",
+        "[EOT]",
+        "[EOS]",
+        "<|end_of_text|>",
+        "<end_of_utterance>",
+        "<eos>",
+        "<turn|>",
+        "<|tool_response>",
+        "<｜end▁of▁sentence｜>",
+    ]
 )
 ATOMIC = (TokenType.CONTROL, TokenType.UNKNOWN, TokenType.USER_DEFINED)  # looked for in the text before all else
 
@@ -73,7 +94,8 @@ def write_tokenizer(file: GGUFFile, out: Path, context: int) -> Tokens:
     model = file.get(PREFIX + "model", str)
     if model not in ("gpt2", "llama"):
         raise UnsupportedError(
-            f"{file.path} has a tokenizer of kind {model!r}", "Byte-level BPE (gpt2) and SentencePiece (llama) are read."
+            f"{file.path} has a tokenizer of kind {model!r}",
+            "Byte-level BPE (gpt2) and SentencePiece (llama) are read.",
         )
     tokens = _tokens(file, model)
     entry = pre_tokenizer(file.find(PREFIX + "pre", str) or "default") if model == "gpt2" else None
@@ -154,9 +176,13 @@ def _byte_level(file: GGUFFile, tokens: Tokens) -> dict[str, Any]:
 def _sentencepiece(file: GGUFFile, tokens: Tokens, out: Path) -> dict[str, Any]:
     scores = file.list_of(PREFIX + "scores", float)[: len(tokens.texts)]
     if len(scores) != len(tokens.texts):
-        raise CheckpointError(f"{file.path}: {len(scores)} scores for {len(tokens.texts)} tokens", "Fetch the file again.")
+        raise CheckpointError(
+            f"{file.path}: {len(scores)} scores for {len(tokens.texts)} tokens", "Fetch the file again."
+        )
     if file.find(PREFIX + "remove_extra_whitespaces", bool):
-        raise UnsupportedError(f"{file.path} has a tokenizer that removes white space", "Use the model it was made from.")
+        raise UnsupportedError(
+            f"{file.path} has a tokenizer that removes white space", "Use the model it was made from."
+        )
     prefix = file.find(PREFIX + "add_space_prefix", bool)
     prefix = True if prefix is None else prefix
     _write_sentencepiece(tokens, scores, prefix, out / "tokenizer.model")
@@ -199,18 +225,18 @@ def _bpe(vocab: dict[str, int], merges: list[list[str]], *, unknown: str | None,
 
 def _write_sentencepiece(tokens: Tokens, scores: Sequence[float], prefix: bool, path: Path) -> None:
     """Write tokenizer.model, which alone keeps the scores that llama.cpp merges by."""
-    model = sentencepiece_model_pb2.ModelProto()
+    model = sentencepiece_model_pb2.ModelProto()  # type: ignore[attr-defined]  # made at run time
     for text, score, kind in zip(tokens.texts, scores, tokens.types, strict=True):
         model.pieces.add(piece=text.replace(" ", SPACE), score=score, type=int(kind))  # the numbers of the types agree
     trainer = model.trainer_spec
     trainer.model_type = trainer.BPE
     trainer.vocab_size = len(tokens.texts)
     trainer.byte_fallback = TokenType.BYTE in tokens.types
-    for kind in ("unk", "bos", "eos", "pad"):
-        token = tokens.special.get(kind, -1)
-        setattr(trainer, f"{kind}_id", token)
+    for name in ("unk", "bos", "eos", "pad"):
+        token = tokens.special.get(name, -1)
+        setattr(trainer, f"{name}_id", token)
         if token >= 0:
-            setattr(trainer, f"{kind}_piece", tokens.texts[token])
+            setattr(trainer, f"{name}_piece", tokens.texts[token])
     model.normalizer_spec.name = "identity"
     model.normalizer_spec.add_dummy_prefix = prefix
     model.normalizer_spec.remove_extra_whitespaces = False

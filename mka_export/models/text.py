@@ -62,8 +62,21 @@ def sample_prompts() -> list[str]:
 
 def tokenizer_corpus() -> list[str]:
     """Return the texts on which two tokenizers must agree: each line, and the whole."""
-    text = (data_folder("sample_prompts") / "tokenizer_corpus.txt").read_bytes().decode("utf-8")
-    return [*(line for line in text.splitlines(keepends=True) if line.strip()), text]
+    text = _exact("tokenizer_corpus.txt")
+    return [*(line for line in text.split("\n") if line.strip()), text]
+
+
+def tokenizer_oddities() -> list[str]:
+    """Return texts on which llama.cpp is known to differ from a faithful tokenizer, and why not to fail for it.
+
+    It does not normalise Unicode (Qwen's own tokenizer composes characters first), and takes a fixed list
+    of spellings, such as ``</s>``, for control tokens in any vocabulary.
+    """
+    return [line for line in _exact("tokenizer_oddities.txt").split("\n") if line]
+
+
+def _exact(name: str) -> str:
+    return (data_folder("sample_prompts") / name).read_bytes().decode("utf-8")  # line ends as they are
 
 
 def shared_ngrams(one: Text, other: Text) -> int:

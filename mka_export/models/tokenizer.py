@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from mka_export.errors import CheckpointError
 
@@ -15,16 +15,20 @@ def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
     Raises:
         CheckpointError: there is none that transformers reads without custom code.
     """
+    # tokenizer.json says everything. AutoTokenizer would build some families (Qwen2) anew from the vocabulary
+    # alone, and put in what the file may not have.
+    kind = PreTrainedTokenizerFast if (path / "tokenizer.json").is_file() else AutoTokenizer
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False, local_files_only=True)
+        tokenizer = kind.from_pretrained(path, trust_remote_code=False, local_files_only=True)
     except Exception as error:  # transformers raises whatever its parsers raise
         raise CheckpointError(f"cannot load the tokenizer in {path}: {error}", "A checkpoint carries tokenizer.json or tokenizer.model.") from error
+    assert isinstance(tokenizer, PreTrainedTokenizerBase)
     return tokenizer
 
 
 def text_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     """Return the ids of ``text`` alone: no BOS, no EOS; special tokens spelled in it are read as such."""
-    return list(tokenizer.encode(text, add_special_tokens=False))
+    return list(tokenizer.encode(text, add_special_tokens=False, verbose=False))
 
 
 def leading_id(tokenizer: PreTrainedTokenizerBase) -> int | None:

@@ -48,11 +48,11 @@ def bootstrap_means(
         return [Interval(float(mean), -np.inf, np.inf) for mean in means]
     rng = np.random.default_rng(seed)
     counts = rng.multinomial(windows, np.full(windows, 1 / windows), size=resamples)
-    with np.errstate(invalid="ignore"):
-        drawn = counts @ values / windows  # (resamples, figures)
     t = stats.t.ppf((1 - confidence) / 2, windows - 1)
     tail = stats.norm.cdf(t * np.sqrt(windows / (windows - 1)))
-    low, high = np.quantile(drawn, [tail, 1 - tail], axis=0)
+    with np.errstate(invalid="ignore"):
+        drawn = counts @ values / windows  # (resamples, figures)
+        low, high = np.quantile(drawn, [tail, 1 - tail], axis=0)
     return [Interval(float(m), float(a), float(b)) for m, a, b in zip(means, low, high, strict=True)]
 
 

@@ -1,6 +1,6 @@
 """What came of it, for people and for machines."""
 
-from mka_export.report.document import write_report
+from mka_export.report.document import valid_report, write_report
 from mka_export.report.terminal import print_report
 
-__all__ = ["print_report", "write_report"]
+__all__ = ["print_report", "valid_report", "write_report"]

@@ -21,18 +21,12 @@ SCHEMA = Path(__file__).with_name("report.schema.json")
 
 
 def write_report(report: dict[str, Any], path: Path) -> dict[str, Any]:
-    """Write ``report`` to ``path``, all or nothing, and return it as it was written.
-
-    JSON has no NaN or infinity: such a number becomes null, with a line in ``warnings`` that says which.
+    """Write ``valid_report(report)`` to ``path``, all or nothing, and return it.
 
     Raises:
         MkaError: the report does not follow its schema, or the file cannot be written.
     """
-    lost = [f"{'.'.join(map(str, where))} was {value}: written as null" for where, value in _not_finite(report, ())]
-    written: dict[str, Any] = _with_nulls(report)
-    if lost:
-        written["warnings"] = [*written.get("warnings", ()), *lost]
-    check_report(written)
+    written = valid_report(report)
     try:
         write_atomically(path, written)
     except OSError as error:
@@ -40,17 +34,24 @@ def write_report(report: dict[str, Any], path: Path) -> dict[str, Any]:
     return written
 
 
-def check_report(report: object) -> None:
-    """Check ``report`` against the schema.
+def valid_report(report: dict[str, Any]) -> dict[str, Any]:
+    """Return ``report`` as JSON can hold it, checked against the schema.
+
+    JSON has no NaN or infinity: such a number becomes null, with a line in ``warnings`` that says which.
 
     Raises:
-        MkaError: it does not follow it; the message names the first place.
+        MkaError: it does not follow the schema; the message names the first place.
     """
-    if (error := best_match(_validator().iter_errors(report))) is not None:
+    lost = [f"{'.'.join(map(str, where))} was {value}: written as null" for where, value in _not_finite(report, ())]
+    valid: dict[str, Any] = _with_nulls(report)
+    if lost:
+        valid["warnings"] = [*valid.get("warnings", ()), *lost]
+    if (error := best_match(_validator().iter_errors(valid))) is not None:
         where = ".".join(map(str, error.absolute_path)) or "its top level"
         raise MkaError(
             f"the report breaks its schema at {where}: {error.message[:200]}", "This is a fault of mka-export."
         )
+    return valid
 
 
 @cache

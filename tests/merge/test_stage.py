@@ -115,18 +115,26 @@ def test_activations_are_those_of_the_merged_model(pico_llama, tmp_path):
 
 
 def test_a_merge_runs_only_the_layers_after_it(pico_llama, tmp_path):
-    trajectory = Trajectory(LayerRunner(Checkpoint.open(pico_llama)), torch.from_numpy(WINDOWS), tmp_path, QUIET)
-    assert trajectory.layer_runs == 6
+    trajectory = Trajectory(LayerRunner(Checkpoint.open(pico_llama)), torch.from_numpy(WINDOWS), tmp_path / "s")
+    everything, nodes = slice(0, 8), torch.tensor([[0, 1], [3, 4]])
+    trajectory.before(3, everything)
+    assert trajectory.layer_runs == 3
+    trajectory.target(4, everything)
+    assert trajectory.layer_runs == 5
     trajectory.replace(3, trajectory.weights(3))
-    trajectory.nodes_after(len(trajectory.layers) - 1)
-    assert trajectory.layer_runs == 6 + 2  # the new layer 3 and layer 5, now at 4
-    trajectory.nodes_after(0)
-    assert trajectory.layer_runs == 6 + 2
+    trajectory.nodes_after(4, nodes)
+    assert trajectory.layer_runs == 5 + 2  # the new layer 3, and layer 5, now at 4
+    trajectory.nodes_after(0, nodes)
+    trajectory.before(4, everything)
+    assert trajectory.layer_runs == 5 + 2
+    trajectory.replace(1, trajectory.weights(1))
+    trajectory.before(3, everything)
+    assert trajectory.layer_runs == 5 + 2 + 2
 
 
 def test_states_after_a_merge_are_those_of_the_merged_model(pico_llama, tmp_path):
     runner = LayerRunner(Checkpoint.open(pico_llama))
-    trajectory = Trajectory(runner, torch.from_numpy(WINDOWS), tmp_path, QUIET)
+    trajectory = Trajectory(runner, torch.from_numpy(WINDOWS), tmp_path / "s")
     before = trajectory.target(3, slice(0, 8)).clone()
     trajectory.replace(2, trajectory.weights(2))
     states = runner.embed(torch.from_numpy(WINDOWS))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import shutil
 from pathlib import Path
@@ -10,7 +11,7 @@ import pytest
 import sentencepiece
 import torch
 from gguf import GGUFReader, TokenType
-from mka_gguf.vocabulary import SPACES
+from mka_gguf.vocabulary import MERGE_ORDER, SPACES
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
@@ -174,3 +175,27 @@ def test_sentencepiece_from_tokenizer_json(small_sentencepiece, tmp_path, conver
     for text in (*SPM_TEXTS, "a[CUSTOM]"):
         assert llama_ids(artifact.path, text) == tokenizer.encode(text), text
     assert contents(artifact.path)["tokenizer.ggml.token_type"][600] == TokenType.USER_DEFINED
+
+
+@pytest.fixture(params=["tokenizer.model.v1", "mistral_instruct_tokenizer_240323.model.v3"])
+def mistral_model(request: pytest.FixtureRequest) -> Path:
+    package = importlib.util.find_spec("mistral_common")
+    if package is None or not package.submodule_search_locations:
+        pytest.skip("mistral-common is not installed")
+    return Path(package.submodule_search_locations[0]) / "data" / request.param
+
+
+@pytest.mark.real
+def test_mistral(mistral_model, tmp_path, convert_to, llama_ids):
+    """As Mistral publishes it: tokenizer.model beside a tokenizer.json whose merges are in the scores' order."""
+    folder = sentencepiece_checkpoint(tmp_path / "mistral", mistral_model)
+    assert MERGE_ORDER in convert_to(folder, "f16").details["warnings"]  # transformers orders them by id
+    pieces = sentencepiece.SentencePieceProcessor(model_file=str(mistral_model))
+    data = json.loads(AutoTokenizer.from_pretrained(folder).backend_tokenizer.to_str())
+    data["model"]["merges"].sort(key=lambda pair: -pieces.get_score(pieces.piece_to_id("".join(pair))))
+    (folder / "tokenizer.json").write_text(json.dumps(data))
+    artifact = convert_to(folder, "f16")
+    assert MERGE_ORDER not in artifact.details["warnings"]
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    for text in SPM_TEXTS:
+        assert llama_ids(artifact.path, text) == tokenizer.encode(text), text

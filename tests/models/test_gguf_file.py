@@ -29,7 +29,11 @@ def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
     writer.add_array("numbers", [1, -2, 3])
     writer.add_array("flags", [True, False])
     writer.add_tensor("plain", MATRIX)
-    writer.add_tensor("small.blocks", gguf.quants.quantize(MATRIX, gguf.GGMLQuantizationType.Q4_0), raw_dtype=gguf.GGMLQuantizationType.Q4_0)
+    writer.add_tensor(
+        "small.blocks",
+        gguf.quants.quantize(MATRIX, gguf.GGMLQuantizationType.Q4_0),
+        raw_dtype=gguf.GGMLQuantizationType.Q4_0,
+    )
     writer.add_tensor("half", MATRIX[0].astype(np.float16))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
@@ -121,14 +125,20 @@ BAD = {
     "endless key": (header(0, 1, ENDLESS, bytes(8)), "past the end"),
     "endless string": (header(0, 1, string(b"k"), struct.pack("<I", 8), ENDLESS), "past the end"),
     # 43 bytes with which gguf 0.19's own reader is busy for hours
-    "endless array": (header(0, 1, string(b"abc"), struct.pack("<II", 9, 0), b"\xff" * 8)[:43].ljust(43, b"\xff"), "announces|past"),
+    "endless array": (
+        header(0, 1, string(b"abc"), struct.pack("<II", 9, 0), b"\xff" * 8)[:43].ljust(43, b"\xff"),
+        "announces|past",
+    ),
     "endless array of strings": (header(0, 1, string(b"k"), struct.pack("<II", 9, 8), ENDLESS), "announces"),
     "array of arrays": (header(0, 1, string(b"k"), struct.pack("<IIQ", 9, 9, 1), bytes(16)), "array of arrays"),
     "unknown value type": (header(0, 1, string(b"k"), struct.pack("<I", 99), bytes(8)), "unknown type 99"),
     "key that is not UTF-8": (header(0, 1, string(b"\xff\xfe"), struct.pack("<IB", 0, 1)), "not UTF-8"),
     "key twice": (header(0, 2, (string(b"k") + struct.pack("<IB", 0, 1)) * 2), "stands twice"),
     "alignment 3": (header(0, 1, string(b"general.alignment"), struct.pack("<II", 4, 3)), "power of two"),
-    "alignment as text": (header(0, 1, string(b"general.alignment"), struct.pack("<I", 8), string(b"32")), "power of two"),
+    "alignment as text": (
+        header(0, 1, string(b"general.alignment"), struct.pack("<I", 8), string(b"32")),
+        "power of two",
+    ),
     "no dimensions": (header(1, 0, tensor(b"t", [])), "0 dimensions"),
     "2^32 - 1 dimensions": (header(1, 0, string(b"t"), struct.pack("<I", 0xFFFFFFFF), bytes(64)), "dimensions"),
     "a dimension of 0": (header(1, 0, tensor(b"t", [0, 4]), bytes(64)), "of shape"),

@@ -19,12 +19,16 @@ from mka_export.models.gguf_rope import rope_parameters
 
 def file_with(factors: np.ndarray[Any, Any], base: float, **metadata: Any) -> GGUFFile:
     values = factors.astype(np.float32)
-    tensor = GGUFTensor("rope_freqs.weight", values.shape, gguf.GGMLQuantizationType.F32, values.view(np.uint8).reshape(1, -1))
+    tensor = GGUFTensor(
+        "rope_freqs.weight", values.shape, gguf.GGMLQuantizationType.F32, values.view(np.uint8).reshape(1, -1)
+    )
     return GGUFFile(Path("model.gguf"), {"llama.rope.freq_base": base, **metadata}, {tensor.name: tensor})
 
 
 def factors_of(wanted: dict[str, Any], width: int) -> np.ndarray[Any, Any]:
-    config = LlamaConfig(hidden_size=width, num_attention_heads=1, max_position_embeddings=1 << 17, rope_parameters=wanted)
+    config = LlamaConfig(
+        hidden_size=width, num_attention_heads=1, max_position_embeddings=1 << 17, rope_parameters=wanted
+    )
     scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](config, torch.device("cpu"))
     plain = 1.0 / wanted["rope_theta"] ** (torch.arange(0, width, 2) / width)
     factors: np.ndarray[Any, Any] = (plain / scaled).numpy()

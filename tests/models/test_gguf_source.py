@@ -36,7 +36,10 @@ def llama_cpp_order(rows: np.ndarray[Any, Any], heads: int) -> np.ndarray[Any, A
 
 
 def write_gguf(
-    source: Path, path: Path, kinds: Mapping[str, Kind] | Kind = Kind.F32, change: Callable[[gguf.GGUFWriter], None] | None = None
+    source: Path,
+    path: Path,
+    kinds: Mapping[str, Kind] | Kind = Kind.F32,
+    change: Callable[[gguf.GGUFWriter], None] | None = None,
 ) -> Path:
     """Write pico checkpoint ``source`` as a GGUF file, with the gguf package alone.
 
@@ -63,7 +66,9 @@ def write_gguf(
     add_tokenizer(writer, source)
     if change:
         change(writer)
-    names = gguf.get_tensor_name_map({v: k for k, v in gguf.MODEL_ARCH_NAMES.items()}[arch], config["num_hidden_layers"])
+    names = gguf.get_tensor_name_map(
+        {v: k for k, v in gguf.MODEL_ARCH_NAMES.items()}[arch], config["num_hidden_layers"]
+    )
     heads = {"q_proj": config["num_attention_heads"], "k_proj": config["num_key_value_heads"]}
     for name, tensor in model.state_dict().items():
         if name == "lm_head.weight" and config["tie_word_embeddings"]:
@@ -93,7 +98,9 @@ def add_tokenizer(writer: gguf.GGUFWriter, source: Path) -> None:
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("smollm")
     writer.add_token_list(sorted(vocab, key=vocab.__getitem__))
-    writer.add_token_types([gguf.TokenType.CONTROL if i in special else gguf.TokenType.NORMAL for i in range(len(vocab))])
+    writer.add_token_types(
+        [gguf.TokenType.CONTROL if i in special else gguf.TokenType.NORMAL for i in range(len(vocab))]
+    )
     writer.add_token_merges([" ".join(pair) for pair in tokenizer["model"]["merges"]])
     writer.add_bos_token_id(1)
     writer.add_eos_token_id(2)
@@ -150,7 +157,13 @@ MIXTURE = {
 
 @pytest.mark.parametrize(
     ("kinds", "dtype"),
-    [(Kind.Q8_0, "float16"), (Kind.Q4_1, "float16"), (Kind.BF16, "bfloat16"), (Kind.F16, "float16"), (MIXTURE, "float16")],
+    [
+        (Kind.Q8_0, "float16"),
+        (Kind.Q4_1, "float16"),
+        (Kind.BF16, "bfloat16"),
+        (Kind.F16, "float16"),
+        (MIXTURE, "float16"),
+    ],
 )
 def test_quantized_files_become_their_values(kinds: Any, dtype: str, pico_llama: Path, tmp_path: Path) -> None:
     path = write_gguf(pico_llama, tmp_path / "pico.gguf", kinds)
@@ -246,7 +259,9 @@ def longrope(writer: gguf.GGUFWriter) -> None:
         (tensor("blk.0.ffn_gate_exps.weight"), UnsupportedError, "blk.0.ffn_gate_exps.weight"),
     ],
 )
-def test_what_cannot_be_read_is_named(change: Any, error: type[MkaError], message: str, pico_llama: Path, tmp_path: Path) -> None:
+def test_what_cannot_be_read_is_named(
+    change: Any, error: type[MkaError], message: str, pico_llama: Path, tmp_path: Path
+) -> None:
     path = write_gguf(pico_llama, tmp_path / "pico.gguf", change=change)
     with pytest.raises(error, match=message):
         converted(path)
@@ -265,16 +280,30 @@ def test_a_value_beyond_float16_is_named(pico_llama: Path, tmp_path: Path) -> No
 
 def test_damaged_metadata_raise_nothing_else(pico_llama: Path, tmp_path: Path) -> None:
     data = write_gguf(pico_llama, tmp_path / "pico.gguf", Kind.Q8_0).read_bytes()
-    keys = [data.index(key) + len(key) for key in (b"llama.context_length", b"llama.embedding_length", b"llama.block_count",
-            b"llama.feed_forward_length", b"head_count", b"head_count_kv", b"rms_epsilon", b"freq_base", b"bos_token_id")]
+    keys = [
+        data.index(key) + len(key)
+        for key in (
+            b"llama.context_length",
+            b"llama.embedding_length",
+            b"llama.block_count",
+            b"llama.feed_forward_length",
+            b"head_count",
+            b"head_count_kv",
+            b"rms_epsilon",
+            b"freq_base",
+            b"bos_token_id",
+        )
+    ]
+    refused = 0
     for number, at in enumerate(keys):
         for value in (0, 1, 0x7FFFFFFF, 0xFFFFFFFF):
             path = tmp_path / f"damaged-{number}-{value}.gguf"
             path.write_bytes(data[: at + 4] + value.to_bytes(4, "little") + data[at + 8 :])
             try:
                 converted(path)
-            except MkaError as error:
-                assert len(str(error)) < 600
+            except MkaError:
+                refused += 1
+    assert refused > 9
 
 
 def texts() -> list[str]:
@@ -302,13 +331,15 @@ def test_real_files(fixture: str, prompt: str, expected: str, request: pytest.Fi
     for text in texts():
         ids = llama.tokenize(text.encode(), add_bos=False, special=True)
         assert tokenizer.encode(text, add_special_tokens=False) == ids, text[:80]
-    assert AutoTokenizer.from_pretrained(out).encode(prompt) == tokenizer.encode(prompt) == llama.tokenize(prompt.encode())
+    assert (
+        AutoTokenizer.from_pretrained(out).encode(prompt) == tokenizer.encode(prompt) == llama.tokenize(prompt.encode())
+    )
 
     checkpoint, source = Checkpoint.open(out), read_gguf(path)
     assert len(checkpoint.shards) == len(source.tensors)
-    model = AutoModelForCausalLM.from_pretrained(out, dtype=torch.bfloat16)
-    ids = model.generate(torch.tensor([tokenizer.encode(prompt)]), max_new_tokens=12, do_sample=False)
-    assert expected in tokenizer.decode(ids[0])
+    model: Any = AutoModelForCausalLM.from_pretrained(out, dtype=torch.bfloat16)
+    continued = model.generate(torch.tensor([tokenizer.encode(prompt)]), max_new_tokens=12, do_sample=False)
+    assert expected in tokenizer.decode(continued[0])
 
 
 def test_the_card_is_json_in_yaml(pico_llama: Path, tmp_path: Path) -> None:
