@@ -43,7 +43,7 @@ class Group(DefaultGroup):  # type: ignore[misc]  # the package has no types
 @click.group(cls=Group, default="run", default_if_no_args=False, epilog=EPILOG)
 @click.version_option(__version__, prog_name="mka-export")
 def main() -> None:
-    """Make a language model shallower, export it, and prove that it still works.
+    r"""Make a language model shallower, export it, and prove that it still works.
 
     \b
       mka-export smollm2-135m --ratio 0.1 --to gguf-q4
@@ -64,7 +64,7 @@ def main() -> None:
     output=OutputOptions,
 )
 def run(model: str, **groups: Any) -> None:
-    """Merge layers of MODEL, make every target, measure each against the original. (Default command.)"""
+    """Merge layers of MODEL, make every target, measure each against the original (the default command)."""
     from mka_export import pipeline
 
     sys.exit(pipeline.run(model, **groups))

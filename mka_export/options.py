@@ -25,11 +25,13 @@ def option(default: Any, help: str, **click_arguments: Any) -> Any:
 class TextOptions:
     """Which text the model is looked at with, and which it is judged by."""
 
-    calibration: Path | None = option(None, "Text file to calibrate with, UTF-8. Default: the embedded text.", type=FILE)
-    calibration_tokens: int = option(16384, "Tokens of it to use, in windows of 512.", type=click.IntRange(min=512))
+    calibration: Path | None = option(
+        None, "Text file to calibrate with, UTF-8. Default: the embedded text.", type=FILE
+    )
+    calibration_tokens: int = option(8192, "Tokens of it to use, in windows of 512.", type=click.IntRange(min=512))
     text: Path | None = option(None, "Text file to evaluate on, UTF-8. Default: the embedded text.", type=FILE)
     windows: int = option(16, "Evaluation windows, evenly spread over the text.", type=click.IntRange(min=2))
-    window_tokens: int = option(512, "Tokens in each.", type=click.IntRange(min=16))
+    window_tokens: int = option(256, "Tokens in each.", type=click.IntRange(min=16))
 
 
 @dataclass(frozen=True)
@@ -37,7 +39,9 @@ class MergeOptions:
     """How layers are chosen and merged."""
 
     ratio: float | None = option(
-        None, "Share of layers to remove: 0.1 of 30 layers removes 3. Rounded to the nearest layer, halves up.", type=float
+        None,
+        "Share of layers to remove: 0.1 of 30 layers removes 3. Rounded to the nearest layer, halves up.",
+        type=float,
     )
     method: str = option(
         "mka",
@@ -60,7 +64,9 @@ class MergeOptions:
 class ConvertOptions:
     """What to make."""
 
-    to: tuple[str, ...] = option((), "Target: a name from 'mka-export targets', or a .toml file. Can be repeated.", multiple=True)
+    to: tuple[str, ...] = option(
+        (), "Target: a name from 'mka-export targets', or a .toml file. Can be repeated.", multiple=True
+    )
     imatrix: str = option(
         "auto",
         "Let the calibration text guide the quantizer. auto: at 4 bits and fewer.",
@@ -77,14 +83,26 @@ class ConvertOptions:
 class LimitOptions:
     """Parity limits that override the target's."""
 
-    max_ppl_ratio: float | None = option(None, "Artifact perplexity / original perplexity.", type=click.FloatRange(min=0, min_open=True))
-    max_mean_kl: float | None = option(None, "Mean KL divergence from the original, nats.", type=click.FloatRange(min=0))
-    min_top1: float | None = option(None, "Share of positions where both prefer the same token.", type=click.FloatRange(0, 1))
-    conversion_max_ppl_ratio: float | None = option(
-        None, "Artifact perplexity / that of the checkpoint it was made from.", type=click.FloatRange(min=0, min_open=True)
+    max_ppl_ratio: float | None = option(
+        None, "Artifact perplexity / original perplexity.", type=click.FloatRange(min=0, min_open=True)
     )
-    conversion_max_mean_kl: float | None = option(None, "Mean KL from that checkpoint, nats.", type=click.FloatRange(min=0))
-    conversion_min_top1: float | None = option(None, "Top-1 agreement with that checkpoint.", type=click.FloatRange(0, 1))
+    max_mean_kl: float | None = option(
+        None, "Mean KL divergence from the original, nats.", type=click.FloatRange(min=0)
+    )
+    min_top1: float | None = option(
+        None, "Share of positions where both prefer the same token.", type=click.FloatRange(0, 1)
+    )
+    conversion_max_ppl_ratio: float | None = option(
+        None,
+        "Artifact perplexity / that of the checkpoint it was made from.",
+        type=click.FloatRange(min=0, min_open=True),
+    )
+    conversion_max_mean_kl: float | None = option(
+        None, "Mean KL from that checkpoint, nats.", type=click.FloatRange(min=0)
+    )
+    conversion_min_top1: float | None = option(
+        None, "Top-1 agreement with that checkpoint.", type=click.FloatRange(0, 1)
+    )
 
 
 @dataclass(frozen=True)

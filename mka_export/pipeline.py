@@ -40,7 +40,7 @@ from mka_export.workspace import Stage, Workspace, check_ours, file_sha256
 
 MERGED, CALIBRATION, PARITY = "merged", "calibration", "parity"  # stage folders, besides one for each target
 ARTIFACT, RESULT, REPORT = "artifact.json", "parity.json", "report.json"
-SAMPLE_TOKENS = 24
+SAMPLE_TOKENS = 16
 DEFAULT_MAX_PPL_RATIO = 1.35  # of an artifact that comes without a target
 PACKAGES = ("mka-export", "torch", "transformers", "tokenizers", "gguf", "llama-cpp-python", "numpy", "scikit-learn")
 
@@ -69,7 +69,9 @@ class Job:
         if out is not None:
             model_folder = Path(self.source.id).resolve() if self.source.kind in ("directory", "gguf") else None
             if model_folder is not None and model_folder in (out.resolve(), *out.resolve().parents):
-                raise UsageError(f"--out {out} is inside the model {model}, which is never written to", "Choose another --out.")
+                raise UsageError(
+                    f"--out {out} is inside the model {model}, which is never written to", "Choose another --out."
+                )
             check_ours(out)
         self.out = out
         self._text = read_texts(texts)
@@ -89,7 +91,8 @@ class Job:
         leading = leading_id(tokenizer)
         self.evaluation = windows_of(self._text.evaluation, tokenizer, self.texts.windows, self.texts.window_tokens)
         self.prompts = [
-            ([] if leading is None else [leading]) + tokenizer.encode(p, add_special_tokens=False) for p in sample_prompts()
+            ([] if leading is None else [leading]) + tokenizer.encode(p, add_special_tokens=False)
+            for p in sample_prompts()
         ]
         self._tokenizer = tokenizer
 
@@ -134,7 +137,9 @@ class Job:
         limits = (target.conversion, target.compression)
         merged = self._checkpoint_runtime(checkpoint)
         try:
-            with closing(open_runtime(target.runtime, artifact.path, **self.runtime_options(target.runtime))) as runtime:
+            with closing(
+                open_runtime(target.runtime, artifact.path, **self.runtime_options(target.runtime))
+            ) as runtime:
                 entry["runtime"]["device"] = runtime.device
                 difference = first_difference(self.reference, runtime, corpus)
                 entry["tokenizer"] = {
@@ -166,8 +171,10 @@ class Job:
         return entry
 
     def _checkpoint_runtime(self, checkpoint: Checkpoint | None) -> Runtime | None:
-        if checkpoint is None or checkpoint is self.original:
-            return checkpoint and self.reference
+        if checkpoint is None:
+            return None
+        if checkpoint is self.original:
+            return self.reference
         return TorchRuntime(checkpoint.path, device=self.device.device, progress=self.progress)
 
     def _describe(self, artifact: Artifact, files: Mapping[str, str]) -> dict[str, Any]:
@@ -180,7 +187,9 @@ class Job:
             "details": dict(artifact.details),
         }
 
-    def report(self, merge: dict[str, Any] | None, targets: list[dict[str, Any]], stages: list[Stage]) -> dict[str, Any]:
+    def report(
+        self, merge: dict[str, Any] | None, targets: list[dict[str, Any]], stages: list[Stage]
+    ) -> dict[str, Any]:
         """Return the whole report, as its schema has it."""
         ids = self.evaluation.ids
         peak = max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
@@ -226,7 +235,9 @@ class Export(Job):
     Use as a context manager: the folder is locked, and the model fetched, inside.
     """
 
-    def __init__(self, model: str, texts: TextOptions, device: DeviceOptions, output: OutputOptions, suffix: str) -> None:
+    def __init__(
+        self, model: str, texts: TextOptions, device: DeviceOptions, output: OutputOptions, suffix: str
+    ) -> None:
         super().__init__(model, texts, device, output, f"{_stem(model)}-{suffix}")
 
     def __enter__(self) -> Export:
@@ -293,7 +304,9 @@ class Export(Job):
     def export(self, checkpoint: Checkpoint, target: Target) -> dict[str, Any]:
         """Publish the artifact for a target, measure it, and return the report's entry for it."""
         if target.families and checkpoint.architecture.name not in target.families:
-            raise UnsupportedError(f"target {target.name} is for {', '.join(target.families)}, not {checkpoint.architecture.name}")
+            raise UnsupportedError(
+                f"target {target.name} is for {', '.join(target.families)}, not {checkpoint.architecture.name}"
+            )
         merged = checkpoint is not self.original
         stem = _stem(self.source.name) + (f"-{checkpoint.num_layers}L" if merged else "")
         target = dataclasses.replace(target, options={"file_stem": stem, **target.options})
@@ -316,7 +329,14 @@ class Export(Job):
             self.progress.say(f"{target.name}: {error}")
             runtime = {"name": target.runtime, "device": "", "versions": {}}
             failed = judge(None, target.conversion, target.compression, failures=[str(error)]).to_dict()
-            return {"name": target.name, "artifact": None, "runtime": runtime, "tokenizer": None, "samples": [], **failed}
+            return {
+                "name": target.name,
+                "artifact": None,
+                "runtime": runtime,
+                "tokenizer": None,
+                "samples": [],
+                **failed,
+            }
         made = read_json(stage.path / ARTIFACT)
         artifact = Artifact(stage.path / made["path"], tuple(made["files"]), made["nbytes"], made["details"])
         return self._measured(artifact, checkpoint, target, stage)
@@ -360,7 +380,9 @@ class Export(Job):
 
     def write_manifest(self) -> None:
         """Record what was made from what."""
-        self.workspace.write_manifest({"model": self.source.name, "source": dict(self.provenance), "tool": _versions(*PACKAGES)})
+        self.workspace.write_manifest(
+            {"model": self.source.name, "source": dict(self.provenance), "tool": _versions(*PACKAGES)}
+        )
 
 
 def run(
@@ -380,7 +402,9 @@ def run(
         return export.finish([export.export(merged, target) for target in targets], merged=True)
 
 
-def merge_only(model: str, texts: TextOptions, merge: MergeOptions, device: DeviceOptions, output: OutputOptions) -> Path:
+def merge_only(
+    model: str, texts: TextOptions, merge: MergeOptions, device: DeviceOptions, output: OutputOptions
+) -> Path:
     """Merge a model and stop there; returns the folder of the merged checkpoint."""
     check_merge(merge)
     with Export(model, texts, device, output, "mka") as export:

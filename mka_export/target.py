@@ -89,7 +89,8 @@ class Converter(Protocol):
 
     def __call__(
         self, checkpoint: Checkpoint, target: Target, out: Path, *, activations: Activations | None, progress: Progress
-    ) -> Artifact: ...
+    ) -> Artifact:
+        """Make the artifact."""
 
 
 def target_names() -> dict[str, Path]:
@@ -114,7 +115,9 @@ def load_target(name: str) -> Target:
         families = tuple(data.pop("families", ()))
         return Target(name=path.stem, conversion=conversion, compression=compression, families=families, **data)
     except TypeError as error:
-        raise UsageError(f"{path}: {str(error).split('__init__() ')[-1]}", "The fields of a target are in CONTRIBUTING.md.") from error
+        raise UsageError(
+            f"{path}: {str(error).split('__init__() ')[-1]}", "The fields of a target are in CONTRIBUTING.md."
+        ) from error
 
 
 def load_converter(name: str) -> Converter:

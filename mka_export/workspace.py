@@ -75,14 +75,18 @@ class Workspace:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             self._lock.close()
-            raise WorkspaceError(f"{self.path} is in use by another mka-export", "Wait for it, or choose another --out.") from error
+            raise WorkspaceError(
+                f"{self.path} is in use by another mka-export", "Wait for it, or choose another --out."
+            ) from error
         if not (self.path / MANIFEST).exists():
             self.write_manifest({})
         for left in self.path.glob(".*.making"):  # of a run that was killed
             shutil.rmtree(left, ignore_errors=True)
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self._lock.close()
 
     def stage(self, name: str, inputs: Mapping[str, Any], make: Callable[[Path], None]) -> Stage:
@@ -103,7 +107,9 @@ class Workspace:
                 make(folder)
                 seconds = round(time.monotonic() - start, 2)
                 files = {str(p.relative_to(folder)): file_sha256(p) for p in sorted(folder.rglob("*")) if p.is_file()}
-                write_atomically(folder / RECORD, {"format": FORMAT, "inputs": inputs, "seconds": seconds, "files": files})
+                write_atomically(
+                    folder / RECORD, {"format": FORMAT, "inputs": inputs, "seconds": seconds, "files": files}
+                )
             stage = Stage(name, final, seconds, False, files)
         else:
             self.progress.say(f"{name}: there already, kept")
@@ -124,12 +130,13 @@ def check_ours(path: Path) -> None:
     """
     if path.exists() and not path.is_dir():
         raise WorkspaceError(f"{path} is a file", "Choose another --out.")
-    if not path.is_dir() or (path / MANIFEST).is_file() and _format(path / MANIFEST) == FORMAT:
+    if not path.is_dir() or ((path / MANIFEST).is_file() and _format(path / MANIFEST) == FORMAT):
         return
     others = sorted(p.name for p in path.iterdir() if p.name != LOCK and not p.name.startswith(f".{MANIFEST}"))
     if others:
         raise WorkspaceError(
-            f"{path} holds files that mka-export did not make ({', '.join(others[:3])})", "Choose another --out; nothing was changed."
+            f"{path} holds files that mka-export did not make ({', '.join(others[:3])})",
+            "Choose another --out; nothing was changed.",
         )
 
 
@@ -144,7 +151,11 @@ def publish_folder(final: Path) -> Iterator[Path]:
     making.mkdir(parents=True)
     try:
         yield making
+        mask = os.umask(0)
+        os.umask(mask)
         for path in sorted(making.rglob("*"), reverse=True):
+            if path.is_file():  # safetensors makes files that only their owner can read
+                path.chmod(0o666 & ~mask)
             _sync(path)
         _sync(making)
         if final.exists():

@@ -31,7 +31,10 @@ def pico_tokenizer(folder: Path) -> int:
     tokenizer.decoder = decoders.ByteLevel()
     specials = [AddedToken(t, special=True) for t in ("<|endoftext|>", "<|im_start|>", "<|im_end|>")]
     trainer = trainers.BpeTrainer(
-        vocab_size=640, special_tokens=specials, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+        vocab_size=640,
+        special_tokens=specials,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
     )
     text = (REPOSITORY / "sample_prompts" / "evaluation" / "prose.txt").read_text(encoding="utf-8")
     tokenizer.train_from_iterator([text[:30_000]], trainer)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 from scipy.linalg import eigh
-from scipy.spatial.distance import pdist, squareform
+from sklearn.metrics.pairwise import euclidean_distances
 
 Array = NDArray[np.float64]
 
@@ -15,11 +15,11 @@ def gaussian_kernel(points: Array) -> Array:
 
     The median makes the kernel free of scale: activation norms grow by orders of magnitude with depth.
     """
-    distances = pdist(points)
-    sigma = float(np.median(distances))
+    distances = euclidean_distances(points)
+    sigma = float(np.median(distances[np.triu_indices_from(distances, k=1)]))
     if sigma == 0.0:  # more than half of the points coincide: only those are alike
-        return squareform(distances == 0.0).astype(np.float64) + np.eye(len(points))
-    return squareform(np.exp(-np.square(distances) / (2.0 * sigma**2))) + np.eye(len(points))
+        return np.asarray(distances == 0.0, dtype=np.float64)
+    return np.asarray(np.exp(-np.square(distances) / (2.0 * sigma**2)))
 
 
 def diffusion_map(points: Array, dimensions: int = 8, time: int = 1) -> Array:

@@ -7,7 +7,6 @@ that stands there afterwards, with the tensors and shapes of the family: the arc
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -19,13 +18,15 @@ from mka_export.merge.trajectory import Trajectory
 Fused = dict[str, Tensor]
 METHODS: dict[str, Callable[[Trajectory, int, float], tuple[Fused, dict[str, float]]]] = {}
 
-RIDGE = 0.01  # of the Gram matrix's mean diagonal
+RIDGE = 0.1
 
 
 def method(name: str) -> Callable[..., Callable[..., tuple[Fused, dict[str, float]]]]:
     """Register a way to fuse: ``(trajectory, position, alpha) -> (weights, figures for the plan)``."""
 
-    def register(function: Callable[..., tuple[Fused, dict[str, float]]]) -> Callable[..., tuple[Fused, dict[str, float]]]:
+    def register(
+        function: Callable[..., tuple[Fused, dict[str, float]]],
+    ) -> Callable[..., tuple[Fused, dict[str, float]]]:
         METHODS[name] = function
         return function
 
@@ -41,7 +42,9 @@ def average(trajectory: Trajectory, position: int, alpha: float) -> tuple[Fused,
     """
     lower, upper = trajectory.weights(position), trajectory.weights(position + 1)
     if lower.keys() != upper.keys() or any(lower[n].shape != upper[n].shape for n in lower):
-        raise UnsupportedError(f"layers {position} and {position + 1} have different tensors", "They cannot be averaged.")
+        raise UnsupportedError(
+            f"layers {position} and {position + 1} have different tensors", "They cannot be averaged."
+        )
     return {name: torch.lerp(upper[name], lower[name], alpha) for name in lower}, {}
 
 
@@ -138,17 +141,22 @@ class NormalEquations:
         return part
 
     def solve(self, prior: Tensor) -> Tensor:
-        """Return W (outputs, features) minimising ‖A Wᵀ − Y‖² + λ‖W − prior‖², λ = RIDGE × mean diagonal.
+        """Return W (outputs, features) minimising ‖A Wᵀ − Y‖² + Σ_j λ_j ‖w_j − prior_j‖², λ_j = RIDGE (AᵀA)_jj.
+
+        So what is held back is the change of each feature's contribution, whatever the feature's own scale.
 
         Raises:
             MkaError: the equations are singular, or hold NaN.
         """
-        ridge = RIDGE * float(self.gram.diagonal().mean())
-        damped = self.gram + ridge * torch.eye(len(self.gram), dtype=torch.float64, device=self.gram.device)
+        diagonal = self.gram.diagonal()
+        ridge = RIDGE * (diagonal + 1e-6 * diagonal.mean())
+        damped = self.gram + torch.diag(ridge)
         factor, failed = torch.linalg.cholesky_ex(damped)
         if int(failed) != 0:
-            raise MkaError("the calibration text leaves a least-squares fit singular", "Give more, and more varied, text.")
-        return torch.cholesky_solve(self.cross + ridge * prior.T.double(), factor).T.float()
+            raise MkaError(
+                "the calibration text leaves a least-squares fit singular", "Give more, and more varied, text."
+            )
+        return torch.cholesky_solve(self.cross + ridge[:, None] * prior.T.double(), factor).T.float()
 
     def unexplained(self, weights: Tensor) -> float:
         """Return ‖A Wᵀ − Y‖² / ‖Y‖²: the share of the targets' energy that is left."""

@@ -11,7 +11,9 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 
-def draw_heatmaps(before: NDArray[np.float64], after: NDArray[np.float64], spans: Sequence[Sequence[int]], path: Path) -> None:
+def draw_heatmaps(
+    before: NDArray[np.float64], after: NDArray[np.float64], spans: Sequence[Sequence[int]], path: Path
+) -> None:
     """Draw two similarity matrices (layers, layers) next to each other as a PNG file.
 
     Args:
@@ -32,5 +34,7 @@ def draw_heatmaps(before: NDArray[np.float64], after: NDArray[np.float64], spans
         axes.set_title(title)
         axes.set_xlabel("layer (of the original)")
     left.set_ylabel("layer (of the original)")
-    figure.colorbar(image, ax=[left, right], shrink=0.8, label="similarity S: normalised mutual information of the diffusion maps")
+    figure.colorbar(
+        image, ax=[left, right], shrink=0.8, label="similarity S: normalised mutual information of the diffusion maps"
+    )
     figure.savefig(path, metadata={"Software": None})

@@ -79,12 +79,23 @@ def read_plan(path: Path) -> Plan:
             raise UsageError(f"{path} is not a merge plan of version {VERSION}", "Give the plan.json of a merge.")
         steps = [_step(step) for step in data["steps"]]
         plan = Plan(
-            dict(data["model"]), str(data["method"]), str(data["schedule"]), int(data["protect"]), dict(data["calibration"]), steps
+            dict(data["model"]),
+            str(data["method"]),
+            str(data["schedule"]),
+            int(data["protect"]),
+            dict(data["calibration"]),
+            steps,
         )
         spans = [[i, i] for i in range(int(plan.model["layers"]))]
         for number, step in enumerate(steps, 1):
-            if step.lower not in spans or spans.index(step.lower) + 1 >= len(spans) or spans[spans.index(step.lower) + 1] != step.upper:
-                raise UsageError(f"{path}: step {number} merges {step.lower} and {step.upper}, which are not neighbours then")
+            if (
+                step.lower not in spans
+                or spans.index(step.lower) + 1 >= len(spans)
+                or spans[spans.index(step.lower) + 1] != step.upper
+            ):
+                raise UsageError(
+                    f"{path}: step {number} merges {step.lower} and {step.upper}, which are not neighbours then"
+                )
             at = spans.index(step.lower)
             spans[at : at + 2] = [[step.lower[0], step.upper[1]]]
     except MkaError:

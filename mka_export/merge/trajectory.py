@@ -52,6 +52,8 @@ class Trajectory:
     Attributes:
         layers: the model under merge, bottom up.
         layer_runs: how many times a layer was run over all windows.
+        largest_update: for each layer of the original that was run, the largest ‖output − input‖ / ‖input‖
+            of any token.
     """
 
     def __init__(self, runner: LayerRunner, ids: Tensor, folder: Path) -> None:
@@ -59,6 +61,7 @@ class Trajectory:
         folder.mkdir()
         self.layers = [Layer(i, i) for i in range(runner.checkpoint.num_layers)]
         self.layer_runs = 0
+        self.largest_update: list[float] = []
         self._shape = (*ids.shape, runner.checkpoint.hidden_size)
         self._shared = len(self.layers)  # this many bottom layers are the original's, and so are their states
         self._original_known = 0  # the last boundary whose states in the original are there
@@ -129,7 +132,12 @@ class Trajectory:
         for index in range(self._original_known, boundary):
             weights, source, out = self.runner.weights(index), self._original(index), self._original(index + 1)
             self._original_statistics.append(self._run(index, weights, source, out))
+            self.largest_update.append(max(self._update(source, out, batch) for batch in self.batches()))
             self._original_known = index + 1
+
+    def _update(self, source: Path, out: Path, batch: slice) -> float:
+        before = self._read(source, batch)
+        return float(((self._read(out, batch) - before).norm(dim=-1) / before.norm(dim=-1).clamp_min(1e-12)).max())
 
     def _run(self, kind: int, weights: dict[str, Tensor], source: Path, out: Path) -> ColumnStatistics:
         statistics = ColumnStatistics()

@@ -43,7 +43,8 @@ class Activations:
         """Read what ``save`` wrote."""
         with safe_open(path, framework="pt") as f:
             about = json.loads(f.metadata()["calibration"])
-            return cls({name: f.get_tensor(name) for name in f.keys()}, about["tokens"], about["sha256"])
+            names = f.keys()  # a file, no mapping: it does not iterate
+            return cls({name: f.get_tensor(name) for name in names}, about["tokens"], about["sha256"])
 
 
 class ColumnStatistics:

@@ -127,5 +127,7 @@ def architecture_of_gguf(arch: str) -> Architecture:
     """
     known = {a.gguf_arch: a for a in architectures().values()}
     if arch not in known:
-        raise UnsupportedError(unknown_name("GGUF architecture", arch, known), "A family is one TOML file: see CONTRIBUTING.md.")
+        raise UnsupportedError(
+            unknown_name("GGUF architecture", arch, known), "A family is one TOML file: see CONTRIBUTING.md."
+        )
     return known[arch]

@@ -113,7 +113,8 @@ class Checkpoint:
         file = self.path / self.shards[name]
         try:
             with safe_open(file, framework="pt") as f:
-                return f.get_tensor(name)
+                tensor: Tensor = f.get_tensor(name)
+                return tensor
         except (SafetensorError, OSError) as error:
             raise CheckpointError(f"cannot read {name} from {file}: {error}", "Fetch the file again.") from error
 
@@ -122,7 +123,8 @@ class Checkpoint:
         with safe_open(self.path / self.shards[name], framework="pt") as f:
             piece = f.get_slice(name)
             first, last = int(indices.min()), int(indices.max())
-            return piece[first : last + 1][indices - first]
+            rows: Tensor = piece[first : last + 1][indices - first]
+            return rows
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Return a tensor's shape without reading it."""
@@ -181,7 +183,9 @@ class Checkpoint:
         for problem, names in (("lacks", missing), ("has unknown", unknown)):
             if names:
                 more = f" and {len(names) - 4} more" if len(names) > 4 else ""
-                raise CheckpointError(f"{self.path} {problem} tensors for family {a.name}: {', '.join(names[:4])}{more}")
+                raise CheckpointError(
+                    f"{self.path} {problem} tensors for family {a.name}: {', '.join(names[:4])}{more}"
+                )
 
 
 class CheckpointWriter:
@@ -231,7 +235,7 @@ class CheckpointWriter:
         if count == 1:
             (self.folder / "shard-00000").rename(self.folder / WEIGHTS)
             return
-        weight_map = {}
+        weight_map: dict[str, str] = {}
         for number, names in enumerate(self._names):
             final = f"model-{number + 1:05d}-of-{count:05d}.safetensors"
             (self.folder / f"shard-{number:05d}").rename(self.folder / final)
@@ -257,7 +261,9 @@ def read_config(path: Path) -> tuple[dict[str, Any], Architecture]:
     """
     config = read_json(path / CONFIG)
     if "auto_map" in config:
-        raise UnsupportedError(f"{path / CONFIG} asks for custom code (auto_map)", "mka-export runs no code from models.")
+        raise UnsupportedError(
+            f"{path / CONFIG} asks for custom code (auto_map)", "mka-export runs no code from models."
+        )
     if method := config.get("quantization_config"):
         kind = method.get("quant_method", "unknown") if isinstance(method, dict) else method
         raise UnsupportedError(f"{path} is already quantized ({kind})", "Use the model it was made from.")
@@ -286,8 +292,6 @@ def write_json(path: Path, data: object) -> None:
     path.write_text(json.dumps(data, indent=2, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
 
 
-
-
 def _shards(path: Path) -> dict[str, str]:
     if (path / INDEX).exists():
         weight_map = read_json(path / INDEX).get("weight_map")
@@ -295,12 +299,16 @@ def _shards(path: Path) -> dict[str, str]:
             raise CheckpointError(f"{path / INDEX} has no weight_map of names")
         files = set(weight_map.values())
         if outside := sorted(f for f in files if not _is_plain_name(f)):
-            raise CheckpointError(f"{path / INDEX} names files outside its folder: {', '.join(outside[:4])}", "Do not use this model.")
+            raise CheckpointError(
+                f"{path / INDEX} names files outside its folder: {', '.join(outside[:4])}", "Do not use this model."
+            )
         if absent := sorted(f for f in files if not (path / f).is_file()):
             raise CheckpointError(f"{path} lacks {', '.join(absent)}", "Fetch the missing shards.")
         inside = {name for f in files for name in _tensor_names(path / f)}
         if absent := sorted(set(weight_map) - inside):
-            raise CheckpointError(f"{path / INDEX} lists tensors that no shard holds: {', '.join(absent[:4])}", "Fetch the model again.")
+            raise CheckpointError(
+                f"{path / INDEX} lists tensors that no shard holds: {', '.join(absent[:4])}", "Fetch the model again."
+            )
         return dict(weight_map)
     if (path / WEIGHTS).is_file():
         return dict.fromkeys(_tensor_names(path / WEIGHTS), WEIGHTS)

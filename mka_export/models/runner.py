@@ -47,7 +47,8 @@ class LayerRunner:
         config.use_cache = False
         config.dtype = torch.float32
         with init_empty_weights(include_buffers=False):
-            self._model = AutoModelForCausalLM.from_config(config, trust_remote_code=False).eval().float()
+            model: nn.Module = AutoModelForCausalLM.from_config(config, trust_remote_code=False)  # type: ignore[no-untyped-call]
+            self._model = model.eval().float()
         architecture = checkpoint.architecture
         self._layers = self._model.get_submodule(architecture.layers)
         self._parent, _, self._layers_name = architecture.layers.rpartition(".")
@@ -56,7 +57,8 @@ class LayerRunner:
 
     def layer_module(self, index: int) -> nn.Module:
         """Return layer ``index``, without storage: for its submodules' paths and attributes."""
-        return self._layers.get_submodule(str(index))
+        layer: nn.Module = self._layers.get_submodule(str(index))
+        return layer
 
     def weights(self, index: int) -> dict[str, Tensor]:
         """Read the weights of layer ``index`` into float32 on the device."""
@@ -79,7 +81,8 @@ class LayerRunner:
         """
         keywords = self._recorded(states.shape[1])[index]
         out = functional_call(self.layer_module(index), dict(weights), (states,), keywords)
-        return out[0] if isinstance(out, tuple) else out
+        after: Tensor = out[0] if isinstance(out, tuple) else out
+        return after
 
     @contextmanager
     def watch(self, index: int, hook: InputHook) -> Iterator[None]:
@@ -113,7 +116,7 @@ class LayerRunner:
         """Run all layers: ids (N, T) -> states after the last layer, before the final norm (N, T, hidden)."""
         states = self.embed(ids)
         progress = progress or Progress(quiet=True)
-        with progress.task("original, layer by layer", self.checkpoint.num_layers) as task:
+        with progress.task(f"{self.checkpoint.path.name}, layer by layer", self.checkpoint.num_layers) as task:
             for index in range(self.checkpoint.num_layers):
                 weights = self.weights(index)
                 for batch in self.batches(*ids.shape):
@@ -139,10 +142,10 @@ class LayerRunner:
         """Return what the model gives each of its layers, for windows of ``tokens`` tokens."""
         if tokens not in self._keywords:
             parent = self._model.get_submodule(self._parent)
-            recorders = nn.ModuleList(_Recorder() for _ in range(self.checkpoint.num_layers))
+            recorders = [_Recorder() for _ in range(self.checkpoint.num_layers)]
             name, norm_name = self._layers_name, self.checkpoint.architecture.tensors["norm"].split(".")[-2]
             try:
-                setattr(parent, name, recorders)
+                setattr(parent, name, nn.ModuleList(recorders))
                 setattr(parent, norm_name, nn.Identity())
                 states = torch.zeros(1, tokens, self.checkpoint.hidden_size, device=self.device)
                 with torch.no_grad():
@@ -156,6 +159,8 @@ class LayerRunner:
 
 class _Recorder(nn.Module):
     """Stands in for a decoder layer: keeps the keyword arguments, passes the state through."""
+
+    keywords: dict[str, Any]
 
     def forward(self, states: Tensor, **keywords: Any) -> Tensor:
         self.keywords = keywords
@@ -174,7 +179,9 @@ def pick_device(name: str) -> torch.device:
     if kind not in ("cpu", "cuda") or (number and not number.isdigit()):
         raise UsageError(f"unknown --device {name!r}", "Use cpu, cuda, cuda:N or auto.")
     if kind == "cuda" and not torch.cuda.is_available():
-        raise UsageError("--device cuda: torch sees no CUDA device", "Use --device cpu, or install a CUDA build of torch.")
+        raise UsageError(
+            "--device cuda: torch sees no CUDA device", "Use --device cpu, or install a CUDA build of torch."
+        )
     if number and int(number) >= torch.cuda.device_count():
         raise UsageError(f"--device {name}: there are {torch.cuda.device_count()} CUDA devices")
     return torch.device(name)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -28,6 +29,12 @@ class Text:
 
     source: str
     text: str
+
+    @cached_property
+    def ngrams(self) -> frozenset[str]:
+        """Every run of ``NGRAM`` words, in lower case."""
+        words = self.text.lower().split()
+        return frozenset(" ".join(words[i : i + NGRAM]) for i in range(len(words) - NGRAM + 1))
 
     @property
     def sha256(self) -> str:
@@ -81,12 +88,7 @@ def _exact(name: str) -> str:
 
 def shared_ngrams(one: Text, other: Text) -> int:
     """Count the distinct runs of ``NGRAM`` words that stand in both texts, ignoring case."""
-    return len(_ngrams(one.text) & _ngrams(other.text))
-
-
-def _ngrams(text: str) -> set[str]:
-    words = text.lower().split()
-    return {" ".join(words[i : i + NGRAM]) for i in range(len(words) - NGRAM + 1)}
+    return len(one.ngrams & other.ngrams)
 
 
 def even_windows(ids: Sequence[int], count: int, tokens: int, bos: int | None, what: str) -> NDArray[np.int64]:

@@ -21,7 +21,9 @@ def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
     try:
         tokenizer = kind.from_pretrained(path, trust_remote_code=False, local_files_only=True)
     except Exception as error:  # transformers raises whatever its parsers raise
-        raise CheckpointError(f"cannot load the tokenizer in {path}: {error}", "A checkpoint carries tokenizer.json or tokenizer.model.") from error
+        raise CheckpointError(
+            f"cannot load the tokenizer in {path}: {error}", "A checkpoint carries tokenizer.json or tokenizer.model."
+        ) from error
     assert isinstance(tokenizer, PreTrainedTokenizerBase)
     return tokenizer
 

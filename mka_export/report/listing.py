@@ -1,9 +1,8 @@
-"""The lists that ``mka-export models`` and ``mka-export targets`` print."""
+"""The lists that ``mka-export models`` and ``mka-export targets`` print: one line each, whatever the terminal."""
 
 from __future__ import annotations
 
-from rich.console import Console
-from rich.table import Table
+from collections.abc import Sequence
 
 from mka_export.models.catalog import catalog
 from mka_export.target import load_target, target_names
@@ -11,19 +10,27 @@ from mka_export.target import load_target, target_names
 
 def print_models() -> None:
     """Print every short name and where it comes from."""
-    table = Table("name", "family", "layers", "parameters", "licence", "from", box=None)
-    for entry in catalog().values():
-        origin = f"hub {entry.hub}" if entry.hub else f"pip {entry.wheel}"
-        gate = " (gated: needs an account)" if entry.gated else ""
-        size = f"{entry.parameters / 1e9:.2f} B"
-        table.add_row(entry.alias, entry.family, str(entry.layers), size, entry.licence, origin + gate)
-    Console().print(table)
+    rows = [
+        (
+            entry.alias,
+            entry.family,
+            f"{entry.layers} layers",
+            f"{entry.parameters / 1e9:.2f} B",
+            entry.licence,
+            (f"hub {entry.hub}" if entry.hub else f"pip {entry.wheel}") + (", gated" if entry.gated else ""),
+        )
+        for entry in catalog().values()
+    ]
+    _print_columns(rows)
 
 
 def print_targets() -> None:
     """Print every shipped target."""
-    table = Table("name", "precision", "runtime", "what for", box=None)
-    for name in target_names():
-        target = load_target(name)
-        table.add_row(name, target.precision, target.runtime, target.description)
-    Console().print(table)
+    targets = [load_target(name) for name in target_names()]
+    _print_columns([(t.name, t.precision, t.runtime, t.description) for t in targets])
+
+
+def _print_columns(rows: Sequence[Sequence[str]]) -> None:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())

@@ -61,23 +61,23 @@ labels = st.lists(st.integers(0, 5), min_size=2, max_size=80)
 def test_npib_is_symmetric_and_lies_in_the_unit_interval(data):
     one = data.draw(labels)
     other = data.draw(st.lists(st.integers(0, 5), min_size=len(one), max_size=len(one)))
-    a, b = np.array(one), np.array(other)
+    a, b = np.array([one]), np.array([other])
     assert npib(a, b) == pytest.approx(npib(b, a))
     assert 0.0 <= npib(a, b) <= 1.0
 
 
 def test_npib_by_hand():
     # H = ln 2 for both; joint has four equal cells, so I = 0; relabelled copies give 1.
-    assert npib(np.array([0, 0, 1, 1]), np.array([0, 1, 0, 1])) == pytest.approx(0.0, abs=1e-12)
-    assert npib(np.array([0, 0, 1, 1]), np.array([1, 1, 0, 0])) == pytest.approx(1.0)
+    assert npib(np.array([[0, 0, 1, 1]]), np.array([[0, 1, 0, 1]])) == pytest.approx(0.0, abs=1e-12)
+    assert npib(np.array([[0, 0, 1, 1]]), np.array([[1, 1, 0, 0]])) == pytest.approx(1.0)
     # joint (1/2, 1/4, 1/4), H(X) = ln 2, H(Y) = 0.5623: I = ln 2 + H(Y) - 1.0397
     h_y = -(0.75 * np.log(0.75) + 0.25 * np.log(0.25))
     expected = (np.log(2) + h_y - 1.5 * np.log(2)) / np.sqrt(np.log(2) * h_y)
-    assert npib(np.array([0, 0, 1, 1]), np.array([0, 0, 0, 1])) == pytest.approx(expected)
+    assert npib(np.array([[0, 0, 1, 1]]), np.array([[0, 0, 0, 1]])) == pytest.approx(expected)
 
 
 def test_npib_of_a_constant_is_zero():
-    assert npib(np.zeros(4, dtype=int), np.array([0, 1, 2, 3])) == 0.0
+    assert npib(np.zeros((1, 4), dtype=int), np.array([[0, 1, 2, 3]])) == 0.0
 
 
 def test_layers_with_the_same_geometry_are_alike_and_others_are_not():

