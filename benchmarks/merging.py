@@ -1,6 +1,6 @@
 """What merging costs: perplexity of merged checkpoints against the original, in torch.
 
-    python benchmarks/merging.py smollm2-135m --ratios 0.1,0.2 --methods mka,mka-paper \
+python benchmarks/merging.py smollm2-135m --ratios 0.1,0.2 --methods mka,mka-paper \
         --calibration wiki.valid.txt --text wiki.test.txt --windows 32 --window-tokens 512
 """
 
