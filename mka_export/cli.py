@@ -34,6 +34,10 @@ class Group(DefaultGroup):  # type: ignore[misc]  # the package has no types
         except MkaError as error:
             click.echo(f"mka-export: {error}", err=True)
             sys.exit(error.exit_code)
+        except OSError as error:  # a full disk, a folder that cannot be written
+            where = f": {error.filename}" if error.filename else ""
+            click.echo(f"mka-export: {error.strerror or error}{where}", err=True)
+            sys.exit(1)
         except KeyboardInterrupt:
             again = " ".join(["mka-export", *sys.argv[1:]])
             click.echo(f"mka-export: interrupted. Finished stages are kept; to go on: {again}", err=True)

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 from mka_export.errors import UsageError
 from mka_export.merge.fuse import NormalEquations
 from mka_export.merge.plan import read_plan
-from mka_export.merge.stage import Settings, layers_to_remove, merge_stage
+from mka_export.merge.stage import PROBE_WINDOWS, Settings, layers_to_remove, merge_stage
 from mka_export.merge.trajectory import Trajectory
 from mka_export.models.activations import Activations, calibrate
 from mka_export.models.checkpoint import Checkpoint
@@ -104,10 +104,12 @@ def test_input_is_not_touched(pico_llama, tmp_path):
     assert {p.name: p.read_bytes() for p in pico_llama.iterdir()} == before
 
 
-def test_activations_are_those_of_the_merged_model(pico_llama, tmp_path):
+def test_activations_are_those_of_the_merged_model_on_the_probe_windows(pico_llama, tmp_path):
     out = merged(pico_llama, tmp_path / "out", settings())
+    probe = torch.from_numpy(WINDOWS[:: len(WINDOWS) // PROBE_WINDOWS])
     kept = Activations.load(out / "activations.safetensors")
-    fresh = calibrate(LayerRunner(Checkpoint.open(out)), torch.from_numpy(WINDOWS), "0" * 64, QUIET)
+    fresh = calibrate(LayerRunner(Checkpoint.open(out)), probe, "0" * 64, QUIET)
+    assert kept.tokens == probe.numel()
     assert kept.mean_square.keys() == fresh.mean_square.keys()
     assert len(kept.mean_square) == 4 * 7
     for name, value in fresh.mean_square.items():

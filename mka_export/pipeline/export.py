@@ -1,0 +1,181 @@
+"""A job with an output folder: the stages, each made once."""
+
+from __future__ import annotations
+
+import dataclasses
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mka_export.errors import ConversionError, UnsupportedError, UsageError
+from mka_export.merge.plan import Plan, read_plan
+from mka_export.merge.stage import ACTIVATIONS, PLAN, Settings, layers_to_remove, merge_stage
+from mka_export.models.activations import Activations, calibrate
+from mka_export.models.checkpoint import Checkpoint, read_json, write_json
+from mka_export.models.runner import LayerRunner
+from mka_export.options import DeviceOptions, MergeOptions, OutputOptions, TextOptions
+from mka_export.parity.verdict import judge
+from mka_export.pipeline.job import PACKAGES, Job, stem, versions
+from mka_export.report import write_report
+from mka_export.target import Artifact, Target, load_converter
+from mka_export.workspace import Stage, Workspace
+
+MERGED, CALIBRATION, PARITY = "merged", "calibration", "parity"  # stage folders, besides one for each target
+ARTIFACT, RESULT, REPORT = "artifact.json", "parity.json", "report.json"
+
+
+class Export(Job):
+    """A job with an output folder: merge and convert, stage by stage.
+
+    Use as a context manager: the folder is locked, and the model fetched, inside.
+    """
+
+    def __init__(
+        self, model: str, texts: TextOptions, device: DeviceOptions, output: OutputOptions, suffix: str
+    ) -> None:
+        super().__init__(model, texts, device, output, f"{stem(model)}-{suffix}")
+
+    def __enter__(self) -> Export:
+        assert self.out is not None
+        with ExitStack() as stack:
+            self.workspace = stack.enter_context(Workspace(self.out, self.progress))
+            self.open()
+            self._exit = stack.pop_all()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._exit.__exit__(*error)
+
+    def merge(self, options: MergeOptions) -> Checkpoint:
+        """Publish the merged checkpoint, with its plan, heat map and activations.
+
+        Raises:
+            UsageError: the ratio or the plan does not fit the model.
+        """
+        settings = self._settings(options)
+        inputs = {
+            **self._inputs(self.original),
+            "calibration": self.calibration.sha256,
+            "merge": settings.to_dict() if isinstance(settings, Plan) else dataclasses.asdict(settings),
+        }
+
+        def make(folder: Path) -> None:
+            runner = LayerRunner(self.original, self.device.device)
+            merge_stage(runner, self.calibration.ids, self.calibration.describe(), settings, folder, self.progress)
+
+        stage = self.workspace.stage(MERGED, inputs, make)
+        plan = read_json(stage.path / PLAN)
+        self._merge_report = {
+            "method": plan["method"],
+            "measure": plan["measure"],
+            "ratio": len(plan["steps"]) / self.original.num_layers,
+            "schedule": plan["schedule"],
+            "protect": plan["protect"],
+            "layers": plan["layers"],
+            "layers_before": self.original.num_layers,
+            "layers_after": len(plan["layers"]),
+            "steps": plan["steps"],
+            "calibration": plan["calibration"],
+            "seconds": stage.seconds,
+        }
+        return Checkpoint.open(stage.path)
+
+    def _settings(self, options: MergeOptions) -> Settings | Plan:
+        layers = self.original.num_layers
+        if options.plan is None:
+            assert options.ratio is not None
+            remove = layers_to_remove(options.ratio, layers, options.protect)
+            return Settings(remove, options.method, options.schedule, options.protect, options.alpha)
+        plan = read_plan(options.plan)
+        family = self.original.architecture.name
+        if (plan.model["architecture"], plan.model["layers"]) != (family, layers):
+            raise UsageError(
+                f"{options.plan} is for {plan.model['architecture']} with {plan.model['layers']} layers, "
+                f"{self.source.name} is {family} with {layers}",
+                "Give a plan made for this model.",
+            )
+        return plan
+
+    def export(self, checkpoint: Checkpoint, target: Target) -> dict[str, Any]:
+        """Publish the artifact for a target, measure it, and return the report's entry for it."""
+        if target.families and checkpoint.architecture.name not in target.families:
+            raise UnsupportedError(
+                f"target {target.name} is for {', '.join(target.families)}, not {checkpoint.architecture.name}"
+            )
+        merged = checkpoint is not self.original
+        name = stem(self.source.name) + (f"-{checkpoint.num_layers}L" if merged else "")
+        target = dataclasses.replace(target, options={"file_stem": name, **target.options})
+        activations = self._activations(checkpoint) if target.activations else None
+        inputs = {
+            **self._inputs(checkpoint),
+            "target": {"converter": target.converter, "precision": target.precision, "options": dict(target.options)},
+            "activations": activations and [activations.calibration, activations.tokens],
+        }
+
+        def make(folder: Path) -> None:
+            convert = load_converter(target.converter)
+            made = convert(checkpoint, target, folder, activations=activations, progress=self.progress)
+            fields = {"path": made.path.name, "files": made.files, "nbytes": made.nbytes, "details": made.details}
+            write_json(folder / ARTIFACT, fields)
+
+        try:
+            stage = self.workspace.stage(target.name, inputs, make)
+        except ConversionError as error:
+            self.progress.say(f"{target.name}: {error}")
+            runtime = {"name": target.runtime, "device": "", "versions": {}}
+            failed = judge(None, target.conversion, target.compression, failures=[str(error)]).to_dict()
+            return {
+                "name": target.name,
+                "artifact": None,
+                "runtime": runtime,
+                "tokenizer": None,
+                "samples": [],
+                **failed,
+            }
+        made = read_json(stage.path / ARTIFACT)
+        artifact = Artifact(stage.path / made["path"], tuple(made["files"]), made["nbytes"], made["details"])
+        return self._measured(artifact, checkpoint, target, stage)
+
+    def _measured(self, artifact: Artifact, checkpoint: Checkpoint, target: Target, made: Stage) -> dict[str, Any]:
+        inputs = {
+            **self._inputs(checkpoint),
+            "artifact": dict(made.files),
+            "original": self.original.fingerprint,
+            "evaluation": [self._text.evaluation.sha256, self.evaluation.sha256],
+            "limits": [dataclasses.asdict(target.conversion), dataclasses.asdict(target.compression)],
+            "devices": dataclasses.asdict(self.device),
+        }
+
+        def make(folder: Path) -> None:
+            write_json(folder / RESULT, self.measure(artifact, checkpoint, target, made.files))
+
+        return read_json(self.workspace.stage(f"{PARITY}/{target.name}", inputs, make).path / RESULT)
+
+    def _activations(self, checkpoint: Checkpoint) -> Activations:
+        if checkpoint is not self.original:
+            return Activations.load(checkpoint.path / ACTIVATIONS)
+
+        def make(folder: Path) -> None:
+            runner = LayerRunner(checkpoint, self.device.device)
+            ids = torch.from_numpy(self.calibration.ids)
+            calibrate(runner, ids, self.calibration.sha256, self.progress).save(folder / ACTIVATIONS)
+
+        inputs = {**self._inputs(checkpoint), "calibration": self.calibration.sha256}
+        return Activations.load(self.workspace.stage(CALIBRATION, inputs, make).path / ACTIVATIONS)
+
+    def _inputs(self, checkpoint: Checkpoint) -> dict[str, Any]:
+        return {"model": checkpoint.fingerprint, "versions": versions(*PACKAGES)}
+
+    def finish(self, targets: list[dict[str, Any]], *, merged: bool) -> int:
+        """Write report and manifest, print the report, and return the exit code."""
+        report = self.report(self._merge_report if merged else None, targets, self.workspace.stages)
+        self.write_manifest()
+        return self.show(write_report(report, self.workspace.path / REPORT))
+
+    def write_manifest(self) -> None:
+        """Record what was made from what."""
+        self.workspace.write_manifest(
+            {"model": self.source.name, "source": dict(self.provenance), "tool": versions(*PACKAGES)}
+        )

@@ -1,0 +1,238 @@
+"""One command's work: a model, its texts, measuring an artifact, the report."""
+
+from __future__ import annotations
+
+import json
+import resource
+import sys
+from collections.abc import Mapping
+from contextlib import closing
+from functools import cached_property
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from mka_export.errors import RuntimeFailure, UsageError
+from mka_export.inputs import CALIBRATION_WINDOW, Windows, read_texts, windows_of
+from mka_export.models.checkpoint import Checkpoint
+from mka_export.models.runner import pick_device
+from mka_export.models.sources import cache_folder, fetch, resolve
+from mka_export.models.text import sample_prompts, tokenizer_corpus, tokenizer_oddities
+from mka_export.models.tokenizer import leading_id, load_tokenizer, text_ids
+from mka_export.options import DeviceOptions, OutputOptions, TextOptions
+from mka_export.parity.comparison import measure
+from mka_export.parity.runtimes import Runtime, open_runtime
+from mka_export.parity.runtimes.torch_runtime import TorchRuntime
+from mka_export.parity.tokenizer_check import first_difference
+from mka_export.parity.verdict import EXIT_CODES, judge, worst
+from mka_export.progress import Progress
+from mka_export.report import print_report, valid_report
+from mka_export.target import Artifact, Target
+from mka_export.workspace import Stage, check_ours
+
+SAMPLE_TOKENS = 16
+PACKAGES = ("mka-export", "torch", "transformers", "tokenizers", "gguf", "llama-cpp-python", "numpy", "scikit-learn")
+
+
+class Job:
+    """One command's work: a model, its texts, and where results go.
+
+    Making one checks everything that can be checked before anything is fetched or loaded.
+
+    Args:
+        default_out: output folder where ``--out`` is not given.
+
+    Raises:
+        UsageError: an option, or a combination of options, cannot be.
+        WorkspaceError: the output folder is someone else's.
+    """
+
+    def __init__(
+        self, model: str, texts: TextOptions, device: DeviceOptions, output: OutputOptions, default_out: str | None
+    ) -> None:
+        self.source = resolve(model, revision=output.revision)
+        self.texts, self.device, self.output = texts, device, output
+        self.progress = Progress(quiet=output.quiet)
+        pick_device(device.device)
+        out = output.out or (Path(default_out) if default_out else None)
+        if out is not None:
+            model_folder = Path(self.source.id).resolve() if self.source.kind in ("directory", "gguf") else None
+            if model_folder is not None and model_folder in (out.resolve(), *out.resolve().parents):
+                raise UsageError(
+                    f"--out {out} is inside the model {model}, which is never written to", "Choose another --out."
+                )
+            check_ours(out)
+        self.out = out
+        self._text = read_texts(texts)
+
+    def open(self) -> None:
+        """Fetch the model and cut the token windows.
+
+        Raises:
+            SourceError, CheckpointError, UnsupportedError: the model cannot be had, or read.
+            MkaError: a text is too short.
+        """
+        self.progress.say(f"{self.source.name}: {self.source.kind} {self.source.id}")
+        fetched = fetch(self.source, cache_folder(), self.progress)
+        self.provenance = fetched.provenance
+        self.original = Checkpoint.open(fetched.path)
+        tokenizer = load_tokenizer(fetched.path)
+        leading = leading_id(tokenizer)
+        self.evaluation = windows_of(self._text.evaluation, tokenizer, self.texts.windows, self.texts.window_tokens)
+        self.prompts = [([] if leading is None else [leading]) + text_ids(tokenizer, p) for p in sample_prompts()]
+        self._tokenizer = tokenizer
+
+    @cached_property
+    def calibration(self) -> Windows:
+        """The calibration windows."""
+        tokens = min(CALIBRATION_WINDOW, self.texts.calibration_tokens)
+        return windows_of(self._text.calibration, self._tokenizer, None, tokens, self.texts.calibration_tokens)
+
+    @cached_property
+    def reference(self) -> TorchRuntime:
+        """The original model in torch."""
+        return TorchRuntime(self.original.path, device=self.device.device, progress=self.progress)
+
+    @cached_property
+    def reference_samples(self) -> list[str]:
+        """The original's continuations of the sample prompts."""
+        return _continuations(self.reference, self.prompts)
+
+    def runtime_options(self, name: str) -> dict[str, Any]:
+        """Return what ``open_runtime`` is told about devices."""
+        return {"gpu_layers": self.device.gpu_layers} if name == "llama.cpp" else {"device": self.device.device}
+
+    def measure(
+        self, artifact: Artifact, checkpoint: Checkpoint | None, target: Target, files: Mapping[str, str]
+    ) -> dict[str, Any]:
+        """Measure an artifact and judge it: the report's entry for its target.
+
+        Args:
+            checkpoint: what it was made from; None if that is not known.
+            files: sha256 of its files, by path.
+        """
+        entry: dict[str, Any] = {
+            "name": target.name,
+            "artifact": self._describe(artifact, files),
+            "runtime": {"name": target.runtime, "device": "", "versions": versions("llama-cpp-python")},
+            "tokenizer": None,
+            "samples": [],
+        }
+        failures: list[str] = []
+        corpus = [*tokenizer_corpus(), self._text.evaluation.text]
+        limits = (target.conversion, target.compression)
+        merged = self._checkpoint_runtime(checkpoint)
+        try:
+            with closing(
+                open_runtime(target.runtime, artifact.path, **self.runtime_options(target.runtime))
+            ) as runtime:
+                entry["runtime"]["device"] = runtime.device
+                difference = first_difference(self.reference, runtime, corpus)
+                entry["tokenizer"] = {
+                    "identical": difference is None,
+                    "texts": len(corpus),
+                    "first_difference": difference and str(difference),
+                }
+                if difference is not None:
+                    failures.append(str(difference))
+                odd = first_difference(self.reference, runtime, tokenizer_oddities())
+                oddities = [f"unusual text: {odd}"] if odd and difference is None else []
+                comparison = measure(
+                    runtime,
+                    self.reference,
+                    merged,
+                    self.evaluation.ids,
+                    bytes_per_token=self.evaluation.bytes_per_token,
+                    progress=self.progress,
+                )
+                continuations = _continuations(runtime, self.prompts)
+        except RuntimeFailure as error:
+            return {**entry, **judge(None, *limits, failures=[*failures, str(error)]).to_dict()}
+        entry["samples"] = [
+            {"prompt": p, "original": o, "artifact": a}
+            for p, o, a in zip(sample_prompts(), self.reference_samples, continuations, strict=True)
+        ]
+        entry |= judge(comparison, *limits, failures=failures).to_dict()
+        entry["warnings"] = [*artifact.details.get("warnings", []), *oddities, *entry["warnings"]]
+        return entry
+
+    def _checkpoint_runtime(self, checkpoint: Checkpoint | None) -> Runtime | None:
+        if checkpoint is None:
+            return None
+        if checkpoint is self.original:
+            return self.reference
+        return TorchRuntime(checkpoint.path, device=self.device.device, progress=self.progress)
+
+    def _describe(self, artifact: Artifact, files: Mapping[str, str]) -> dict[str, Any]:
+        folder = artifact.path.parent
+        return {
+            "path": str(artifact.path),
+            "files": [{"path": n, "sha256": files[n], "nbytes": (folder / n).stat().st_size} for n in artifact.files],
+            "nbytes": artifact.nbytes,
+            "share_of_original": artifact.nbytes / self.original.nbytes,
+            "details": dict(artifact.details),
+        }
+
+    def report(
+        self, merge: dict[str, Any] | None, targets: list[dict[str, Any]], stages: list[Stage]
+    ) -> dict[str, Any]:
+        """Return the whole report, as its schema has it."""
+        ids = self.evaluation.ids
+        peak = max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+        return {
+            "format": "mka-export/report",
+            "version": 1,
+            "tool": versions(*PACKAGES),
+            "model": {
+                "name": self.source.name,
+                "source": dict(self.provenance),
+                "layers": self.original.num_layers,
+                "parameters": self.original.parameters,
+                "nbytes": self.original.nbytes,
+            },
+            "merge": merge,
+            "evaluation": {
+                "text": self.evaluation.source,
+                "sha256": self.evaluation.sha256,
+                "windows": ids.shape[0],
+                "window_tokens": ids.shape[1],
+                "tokens": ids.shape[0] * (ids.shape[1] - 1),
+            },
+            "targets": targets,
+            "stages": [{"name": s.name, "seconds": s.seconds, "reused": s.reused} for s in stages],
+            "peak_memory_bytes": peak * (1 if sys.platform == "darwin" else 1024),
+            "warnings": [],
+        }
+
+    def show(self, report: dict[str, Any]) -> int:
+        """Print a report on stdout, as a table or as JSON; returns the exit code."""
+        report = valid_report(report)
+        if self.output.json:
+            print(json.dumps(report, indent=2, ensure_ascii=False))
+        else:
+            print_report(report, Console())
+        if any(t["artifact"] is None for t in report["targets"]):
+            return 1
+        return EXIT_CODES[worst(t["verdict"] for t in report["targets"])]
+
+
+def _continuations(runtime: Runtime, prompts: list[list[int]]) -> list[str]:
+    return [runtime.detokenize(ids) for ids in runtime.generate(prompts, SAMPLE_TOKENS)]
+
+
+def stem(model: str) -> str:
+    """Return what files made from ``model`` are called: its name without folders and suffix."""
+    return Path(model.rstrip("/")).stem if model.lower().endswith(".gguf") else model.rstrip("/").rpartition("/")[2]
+
+
+def versions(*packages: str) -> dict[str, str]:
+    """Return the installed version of each package."""
+    found = {}
+    for package in packages:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:  # a checkout on the path, not installed
+            found[package] = "unknown"
+    return found

@@ -1,0 +1,69 @@
+"""What is asked for, checked before any model is there."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from mka_export.errors import UsageError, unknown_name
+from mka_export.merge.fuse import METHODS
+from mka_export.merge.plan import read_plan
+from mka_export.merge.stage import layers_to_remove
+from mka_export.options import ConvertOptions, LimitOptions, MergeOptions
+from mka_export.pipeline.export import CALIBRATION, MERGED, PARITY
+from mka_export.target import Limits, Target, load_converter, load_target
+
+
+def check_merge(options: MergeOptions) -> None:
+    """Check what can be checked of a merge before the model is there.
+
+    Raises:
+        UsageError: options are missing, unknown, or contradict each other.
+    """
+    if (options.ratio is None) == (options.plan is None):
+        raise UsageError("give either --ratio or --plan", "For example --ratio 0.2.")
+    if options.ratio is not None:
+        layers_to_remove(options.ratio, 10**6, 0)
+    if options.plan is not None:
+        read_plan(options.plan)
+    if options.method not in METHODS:
+        raise UsageError(unknown_name("--method", options.method, METHODS))
+    if options.alpha is not None and options.method != "mka-paper":
+        raise UsageError(f"--alpha is for --method mka-paper; {options.method} does not average", "Leave it out.")
+
+
+def load_targets(convert: ConvertOptions, limits: LimitOptions) -> list[Target]:
+    """Return the targets asked for, with the limits and options of the command line.
+
+    Raises:
+        UsageError: none is named, one is unknown, or one is named twice.
+    """
+    if not convert.to:
+        raise UsageError("no --to", "Say what to make, for example --to gguf-q4; 'mka-export targets' lists them.")
+    targets = []
+    for name in convert.to:
+        target = load_target(name)
+        load_converter(target.converter)
+        options = dict(target.options)
+        if convert.max_fallback is not None:
+            options["max_fallback"] = convert.max_fallback
+        targets.append(
+            dataclasses.replace(
+                target,
+                options=options,
+                activations=target.activations and convert.imatrix == "auto",
+                conversion=dataclasses.replace(target.conversion, **given_limits(limits, "conversion_")),
+                compression=dataclasses.replace(target.compression, **given_limits(limits, "")),
+            )
+        )
+    names = [target.name for target in targets]
+    if len(set(names)) < len(names):
+        raise UsageError(f"--to names a target twice: {', '.join(names)}")
+    if clash := {MERGED, CALIBRATION, PARITY} & set(names):
+        raise UsageError(f"a target cannot be called {clash.pop()}", "Rename its file.")
+    return targets
+
+
+def given_limits(limits: LimitOptions, prefix: str) -> dict[str, float]:
+    """Return the limits set on the command line, by their names in ``Limits``."""
+    values = {f.name: getattr(limits, prefix + f.name) for f in dataclasses.fields(Limits)}
+    return {name: value for name, value in values.items() if value is not None}
