@@ -10,11 +10,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from mka_export.parity.windows import evaluation_windows
 from transformers import AutoModelForCausalLM
 
 from mka_export.errors import RuntimeFailure, UsageError
-from mka_export.models.text import tokenizer_corpus
+from mka_export.models.text import even_windows, tokenizer_corpus
 from mka_export.parity.comparison import measure
 from mka_export.parity.runtimes import Runtime, open_runtime
 from mka_export.parity.runtimes.llama_cpp_runtime import LlamaCppRuntime, log_softmax
@@ -50,7 +49,7 @@ def model(pico_llama: Path) -> torch.nn.Module:
 @pytest.fixture(scope="module")
 def windows(torch_runtime: TorchRuntime) -> np.ndarray:
     ids = [i for text in tokenizer_corpus()[:40] for i in torch_runtime.tokenize(text)]
-    return evaluation_windows(ids, 200, 5, None)  # longer than one batch of logits, and no multiple of it
+    return even_windows(ids, 5, 200, None, "test")  # longer than one batch of logits, and no multiple of it
 
 
 @torch.no_grad()
