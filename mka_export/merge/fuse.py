@@ -91,7 +91,8 @@ def compete(trajectory: Trajectory, position: int, alpha: float) -> tuple[Fused,
     everything = normal.solve(down)
     strength = everything.norm(dim=0) * normal.root_mean_square
     kept = strength.topk(width).indices.sort().values
-    fitted = normal.subset(kept).solve(down[:, kept])
+    chosen = normal.subset(kept)
+    fitted = chosen.solve(down[:, kept])
     gate, up = gate[kept], up[kept]
     # Scale moves freely between the norm and the columns: even columns quantize best.
     scale = torch.cat([gate, up]).square().mean(dim=0).sqrt().clamp_min(1e-6)
@@ -104,7 +105,7 @@ def compete(trajectory: Trajectory, position: int, alpha: float) -> tuple[Fused,
     }
     return fused, {
         "neurons_from_upper": float((kept >= width).float().mean()),
-        "unexplained": normal.subset(kept).unexplained(fitted),
+        "unexplained": chosen.unexplained(fitted),
     }
 
 

@@ -59,10 +59,16 @@ class Plan:
         return {"format": FORMAT, "version": VERSION, **asdict(self), "layers": self.layers()}
 
     def layers(self) -> list[list[int]]:
-        """Return the span of original layers each remaining layer stands for, bottom up."""
+        """Return the span of original layers each remaining layer stands for, bottom up.
+
+        Raises:
+            ValueError: a step merges two layers that are not neighbours when its turn comes.
+        """
         spans = [[i, i] for i in range(self.model["layers"])]
-        for step in self.steps:
-            at = spans.index(step.lower)
+        for number, step in enumerate(self.steps, 1):
+            at = spans.index(step.lower) if step.lower in spans else len(spans)
+            if spans[at : at + 2] != [step.lower, step.upper]:
+                raise ValueError(f"step {number} merges {step.lower} and {step.upper}, which are not neighbours then")
             spans[at : at + 2] = [[step.lower[0], step.upper[1]]]
         return spans
 
@@ -86,18 +92,7 @@ def read_plan(path: Path) -> Plan:
             dict(data["calibration"]),
             steps,
         )
-        spans = [[i, i] for i in range(int(plan.model["layers"]))]
-        for number, step in enumerate(steps, 1):
-            if (
-                step.lower not in spans
-                or spans.index(step.lower) + 1 >= len(spans)
-                or spans[spans.index(step.lower) + 1] != step.upper
-            ):
-                raise UsageError(
-                    f"{path}: step {number} merges {step.lower} and {step.upper}, which are not neighbours then"
-                )
-            at = spans.index(step.lower)
-            spans[at : at + 2] = [[step.lower[0], step.upper[1]]]
+        plan.layers()
     except MkaError:
         raise
     except OSError as error:

@@ -7,7 +7,7 @@ no more than the layers after it that matter.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -131,20 +131,30 @@ class Trajectory:
     def _run_original(self, boundary: int) -> None:
         for index in range(self._original_known, boundary):
             weights, source, out = self.runner.weights(index), self._original(index), self._original(index + 1)
-            self._original_statistics.append(self._run(index, weights, source, out))
-            self.largest_update.append(max(self._update(source, out, batch) for batch in self.batches()))
+            self.largest_update.append(0.0)
+            self._original_statistics.append(self._run(index, weights, source, out, self._note_update))
             self._original_known = index + 1
 
-    def _update(self, source: Path, out: Path, batch: slice) -> float:
-        before = self._read(source, batch)
-        return float(((self._read(out, batch) - before).norm(dim=-1) / before.norm(dim=-1).clamp_min(1e-12)).max())
+    def _note_update(self, before: Tensor, after: Tensor) -> None:
+        update = float(((after - before).norm(dim=-1) / before.norm(dim=-1).clamp_min(1e-12)).max())
+        self.largest_update[-1] = max(self.largest_update[-1], update)
 
-    def _run(self, kind: int, weights: dict[str, Tensor], source: Path, out: Path) -> ColumnStatistics:
+    def _run(
+        self,
+        kind: int,
+        weights: dict[str, Tensor],
+        source: Path,
+        out: Path,
+        note: Callable[[Tensor, Tensor], None] | None = None,
+    ) -> ColumnStatistics:
         statistics = ColumnStatistics()
         for batch in self.batches():
+            before = self._read(source, batch)
             with self.runner.watch(kind, statistics):
-                states = self.runner.run_layer(kind, weights, self._read(source, batch))
+                states = self.runner.run_layer(kind, weights, before)
             check_finite(states, f"layer {kind}, on the calibration text,")
+            if note is not None:
+                note(before, states)
             self._write(out, batch, states)
         self.layer_runs += 1
         return statistics
