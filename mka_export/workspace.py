@@ -175,9 +175,14 @@ def publish_folder(final: Path) -> Iterator[Path]:
 def write_atomically(path: Path, data: object) -> None:
     """Write ``data`` as JSON so that ``path`` holds either the old or the new contents, never a part."""
     temporary = path.with_name(f".{path.name}.writing")
-    temporary.write_text(json.dumps(data, indent=2, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
+    write_json(temporary, data)
     _sync(temporary)
     temporary.replace(path)
+
+
+def write_json(path: Path, data: object) -> None:
+    """Write ``data`` as indented JSON with a final newline; NaN and infinity are refused."""
+    path.write_text(json.dumps(data, indent=2, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
 
 
 def file_sha256(path: Path) -> str:

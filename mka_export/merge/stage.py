@@ -18,9 +18,10 @@ from mka_export.merge.heatmap import draw_heatmaps
 from mka_export.merge.plan import Plan, Step
 from mka_export.merge.similarity import Cells, cells, npib, similarity_matrix
 from mka_export.merge.trajectory import Trajectory
-from mka_export.models.checkpoint import CONFIG, Checkpoint, CheckpointWriter, copy_tokenizer, write_json
+from mka_export.models.checkpoint import CONFIG, Checkpoint, CheckpointWriter, copy_tokenizer
 from mka_export.models.runner import LayerRunner
 from mka_export.progress import Progress, Task
+from mka_export.workspace import write_json
 
 PROBE_WINDOWS = 4
 GRAPH_NODES = 1024

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from mka_export.errors import CheckpointError, UnsupportedError
 from mka_export.models.architecture import Architecture, architecture_of
-from mka_export.workspace import file_sha256
+from mka_export.workspace import file_sha256, write_json
 
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
@@ -285,11 +285,6 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(data, dict):
         raise CheckpointError(f"{path} holds no JSON object")
     return data
-
-
-def write_json(path: Path, data: object) -> None:
-    """Write ``data`` as indented JSON with a final newline; NaN and infinity are refused."""
-    path.write_text(json.dumps(data, indent=2, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
 
 
 def _shards(path: Path) -> dict[str, str]:

@@ -16,11 +16,12 @@ from torch import Tensor
 
 from mka_export.errors import CheckpointError, UnsupportedError
 from mka_export.models.architecture import Architecture, architecture_of_gguf
-from mka_export.models.checkpoint import CheckpointWriter, write_json
+from mka_export.models.checkpoint import CheckpointWriter
 from mka_export.models.gguf_file import GGUFFile, GGUFTensor, read_gguf
 from mka_export.models.gguf_rope import ROPE_FACTORS, rope_parameters
 from mka_export.models.gguf_tokenizer import Tokens, write_tokenizer
 from mka_export.progress import Progress
+from mka_export.workspace import write_json
 
 SLAB = 1 << 22  # values that are dequantized at a time
 FLOAT16_MAX = torch.finfo(torch.float16).max

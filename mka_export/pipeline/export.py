@@ -13,14 +13,14 @@ from mka_export.errors import ConversionError, UnsupportedError, UsageError
 from mka_export.merge.plan import Plan, read_plan
 from mka_export.merge.stage import ACTIVATIONS, PLAN, Settings, layers_to_remove, merge_stage
 from mka_export.models.activations import Activations, calibrate
-from mka_export.models.checkpoint import Checkpoint, read_json, write_json
+from mka_export.models.checkpoint import Checkpoint, read_json
 from mka_export.models.runner import LayerRunner
 from mka_export.options import DeviceOptions, MergeOptions, OutputOptions, TextOptions
 from mka_export.parity.verdict import judge
 from mka_export.pipeline.job import PACKAGES, Job, stem, versions
 from mka_export.report import write_report
 from mka_export.target import Artifact, Target, load_converter
-from mka_export.workspace import Stage, Workspace
+from mka_export.workspace import Stage, Workspace, write_json
 
 MERGED, CALIBRATION, PARITY = "merged", "calibration", "parity"  # stage folders, besides one for each target
 ARTIFACT, RESULT, REPORT = "artifact.json", "parity.json", "report.json"

@@ -17,9 +17,9 @@ from tokenizers import Tokenizer
 from transformers import AutoTokenizer
 
 from mka_export.errors import CheckpointError, UnsupportedError
-from mka_export.models.checkpoint import write_json
 from mka_export.models.gguf_file import read_gguf
 from mka_export.models.gguf_tokenizer import write_tokenizer
+from mka_export.workspace import write_json
 
 SAMPLES = Path(__file__).parents[2] / "sample_prompts"
 Pieces = sentencepiece.SentencePieceProcessor

@@ -19,9 +19,10 @@ from huggingface_hub import errors as hub_errors
 from mka_export.errors import MkaError, SourceError, UnsupportedError, UsageError
 from mka_export.models import hub, unpacked
 from mka_export.models.catalog import Entry, catalog
-from mka_export.models.checkpoint import Checkpoint, write_json
+from mka_export.models.checkpoint import Checkpoint
 from mka_export.models.sources import Source, cache_folder, fetch, resolve
 from mka_export.progress import Progress
+from mka_export.workspace import write_json
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 QUIET = Progress(quiet=True)
