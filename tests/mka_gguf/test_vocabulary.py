@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import json
 import shutil
@@ -13,9 +14,12 @@ import torch
 from gguf import GGUFReader, TokenType
 from mka_gguf.vocabulary import MERGE_ORDER, SPACES
 from safetensors.torch import load_file, save_file
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers.convert_slow_tokenizer import TikTokenConverter
 
 from mka_export.errors import ConversionError, UnsupportedError
+from mka_export.models.text import tokenizer_corpus
+from mka_export.models.tokenizer import load_tokenizer
 
 # No text begins with a space and no text follows a special token: see vocabulary.SPACES.
 SPM_TEXTS = (
@@ -106,11 +110,9 @@ def test_no_tokenizer(pico_llama, edited, convert_to):
         convert_to(folder, "f16")
 
 
-def sentencepiece_checkpoint(folder: Path, model: Path) -> Path:
-    """A one-layer model with SentencePiece tokenizer ``model`` and a few padding rows."""
-    pieces = sentencepiece.SentencePieceProcessor(model_file=str(model)).get_piece_size()
+def one_layer(folder: Path, vocab_size: int) -> Path:
     config = LlamaConfig(
-        vocab_size=pieces + 8,
+        vocab_size=vocab_size,
         hidden_size=32,
         intermediate_size=32,
         num_hidden_layers=1,
@@ -118,6 +120,12 @@ def sentencepiece_checkpoint(folder: Path, model: Path) -> Path:
         max_position_embeddings=512,
     )
     LlamaForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+def sentencepiece_checkpoint(folder: Path, model: Path) -> Path:
+    """A one-layer model with SentencePiece tokenizer ``model`` and a few padding rows."""
+    one_layer(folder, sentencepiece.SentencePieceProcessor(model_file=str(model)).get_piece_size() + 8)
     shutil.copy(model, folder / "tokenizer.model")
     settings = {"tokenizer_class": "LlamaTokenizer", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
     (folder / "tokenizer_config.json").write_text(json.dumps({**settings, "add_bos_token": True}))
@@ -175,6 +183,50 @@ def test_sentencepiece_from_tokenizer_json(small_sentencepiece, tmp_path, conver
     for text in (*SPM_TEXTS, "a[CUSTOM]"):
         assert llama_ids(artifact.path, text) == tokenizer.encode(text), text
     assert contents(artifact.path)["tokenizer.ggml.token_type"][600] == TokenType.USER_DEFINED
+
+
+def test_the_tokenizer_json_of_llama_2(small_sentencepiece, tmp_path, convert_to, llama_ids):
+    """Its space is put in front by a normalizer, and no pre-tokenizer cuts the text."""
+    folder = sentencepiece_checkpoint(tmp_path / "llama2", small_sentencepiece)
+    data = json.loads(AutoTokenizer.from_pretrained(folder).backend_tokenizer.to_str())
+    spaces = [
+        {"type": "Prepend", "prepend": "▁"},
+        {"type": "Replace", "pattern": {"String": " "}, "content": "▁"},
+    ]
+    data |= {"normalizer": {"type": "Sequence", "normalizers": spaces}, "pre_tokenizer": None}
+    (folder / "tokenizer.json").write_text(json.dumps(data))
+    artifact = convert_to(folder, "f16")
+    assert contents(artifact.path)["tokenizer.ggml.add_space_prefix"] is True
+    pieces = sentencepiece.SentencePieceProcessor(model_file=str(small_sentencepiece))
+    tokenizer = load_tokenizer(folder)
+    for text in ("  leading spaces", " x", *SPM_TEXTS[:-1]):
+        assert llama_ids(artifact.path, text) == tokenizer.encode(text) == [1, *pieces.encode(text)], text
+
+
+@pytest.mark.real
+def test_llama_3(tmp_path, convert_to, llama_ids):
+    """Meta's own tokenizer, as tiktoken runs it, against llama.cpp on the file made from its tokenizer.json."""
+    reference = pytest.importorskip("llama_models.llama3.tokenizer").Tokenizer.get_instance()
+    model = Path(importlib.import_module("llama_models.llama3").__path__[0]) / "tokenizer.model"
+    converter = TikTokenConverter(str(model), extra_special_tokens=list(reference.special_tokens))
+    names = {"bos_token": "<|begin_of_text|>", "eos_token": "<|eot_id|>"}
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=converter.converted(), **names)
+    before = {"type": "TemplateProcessing", "single": [{"SpecialToken": {"id": names["bos_token"], "type_id": 0}}]}
+    before["single"].append({"Sequence": {"id": "A", "type_id": 0}})
+    before["pair"] = before["single"] + [{"Sequence": {"id": "B", "type_id": 0}}]
+    before["special_tokens"] = {
+        names["bos_token"]: {"id": names["bos_token"], "ids": [reference.bos_id], "tokens": [names["bos_token"]]}
+    }
+    folder = one_layer(tmp_path / "llama3", reference.n_words)
+    tokenizer.save_pretrained(folder)
+    data = json.loads((folder / "tokenizer.json").read_text())
+    (folder / "tokenizer.json").write_text(json.dumps({**data, "post_processor": before}))
+    artifact = convert_to(folder, "f16")
+    found = contents(artifact.path)
+    assert (found["tokenizer.ggml.pre"], found["tokenizer.ggml.add_bos_token"]) == ("llama-bpe", True)
+    for text in (*tokenizer_corpus(), "<|start_header_id|>user<|end_header_id|>\n\nHi<|eot_id|>"):
+        expected = reference.encode(text, bos=True, eos=False, allowed_special="all")
+        assert llama_ids(artifact.path, text) == expected, text
 
 
 @pytest.fixture(params=["tokenizer.model.v1", "mistral_instruct_tokenizer_240323.model.v3"])
