@@ -21,6 +21,10 @@ class MkaError(Exception):
         message = f"{what.rstrip('.')}. {remedy}" if remedy else what
         super().__init__(" ".join(message.split()))
 
+    def __reduce__(self) -> tuple[type[MkaError], tuple[str, str]]:
+        """Pickle, to come back from another process."""
+        return type(self), (self.what, self.remedy)
+
 
 class UsageError(MkaError):
     """An option, or a combination of options, that cannot be."""

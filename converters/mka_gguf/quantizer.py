@@ -1,10 +1,11 @@
-"""llama.cpp's own quantizer, called through its C interface."""
+"""llama.cpp's own quantizer, called through its C interface in a process of its own."""
 
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections import deque
+from collections.abc import Mapping
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import llama_cpp
@@ -12,6 +13,7 @@ import numpy as np
 from gguf import LlamaFileType
 from numpy.typing import NDArray
 
+from mka_export.child import Child
 from mka_export.errors import ConversionError
 from mka_export.progress import Task
 
@@ -32,7 +34,16 @@ def quantize(
 
     Raises:
         ConversionError: the library fails; the message carries its last words.
+        RuntimeFailure: it crashes or hangs.
     """
+    with Child("llama.cpp's quantizer", _quantize, source, out, file_type, dict(imatrix)) as child:
+        while child.receive() is not None:
+            task.advance()
+
+
+def _quantize(
+    connection: Connection, source: Path, out: Path, file_type: LlamaFileType, imatrix: dict[str, NDArray[np.float32]]
+) -> None:
     params = llama_cpp.llama_model_quantize_default_params()
     params.ftype = int(file_type)
     params.nthread = 0  # as many as there are cores: the result does not depend on it
@@ -44,29 +55,17 @@ def quantize(
         entry.size = values.size
     if imatrix:
         params.imatrix = entries
-    with captured_log(task) as lines:
-        failed = llama_cpp.llama_model_quantize(str(source).encode(), str(out).encode(), ctypes.byref(params))
-    if failed:
-        words = " ".join("".join(lines[-8:]).split())
-        raise ConversionError(f"llama.cpp cannot quantize to {file_type.name}: {words}")
-
-
-@contextmanager
-def captured_log(task: Task) -> Iterator[list[str]]:
-    """Keep what llama.cpp logs while the block runs, and off the terminal; a line on a tensor is a step of ``task``."""
-    lines: list[str] = []
+    log: deque[str] = deque(maxlen=8)
 
     @llama_cpp.llama_log_callback  # type: ignore[untyped-decorator]
     def keep(_level: int, text: bytes, _data: object) -> None:
         line = text.decode("utf-8", "replace")
-        lines.append(line)
+        log.append(line)
         if line.startswith("["):  # "[  12/ 272]  blk.3.attn_q.weight - ..."
-            task.advance()
+            connection.send(line)
 
-    previous, data = llama_cpp.llama_log_callback(), ctypes.c_void_p()
-    llama_cpp.llama_log_get(ctypes.byref(previous), ctypes.byref(data))
     llama_cpp.llama_log_set(keep, None)
-    try:
-        yield lines
-    finally:
-        llama_cpp.llama_log_set(previous, data)
+    if llama_cpp.llama_model_quantize(str(source).encode(), str(out).encode(), ctypes.byref(params)):
+        words = " ".join("".join(log).split())
+        raise ConversionError(f"llama.cpp cannot quantize to {file_type.name}: {words}")
+    connection.send(None)

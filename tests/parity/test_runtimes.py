@@ -148,12 +148,6 @@ def test_an_id_beyond_the_vocabulary_is_refused(llama: LlamaCppRuntime) -> None:
         next(llama.log_probs(np.array([[1, 640]])))
 
 
-def test_gpu_layers_need_a_gpu_build(pico_gguf: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("llama_cpp.llama_supports_gpu_offload", lambda: False)
-    with pytest.raises(UsageError, match="--gpu-layers 3"):
-        open_runtime("llama.cpp", pico_gguf, gpu_layers=3)
-
-
 DAMAGE: dict[str, Callable[[bytes], bytes]] = {
     "empty": lambda data: b"",
     "bad magic": lambda data: b"NOPE" + data[4:],

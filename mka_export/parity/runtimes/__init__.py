@@ -53,7 +53,8 @@ class Runtime(Protocol):
         """Free the model."""
 
 
-# name -> "module:attribute" of a function (path: Path, **options) -> Runtime
+# name -> "module:attribute" of a function (path: Path, **options) -> Runtime. All but torch, which is the
+# reference, run in a process of their own.
 RUNTIMES = {
     "torch": "mka_export.parity.runtimes.torch_runtime:open_runtime",
     "llama.cpp": "mka_export.parity.runtimes.llama_cpp_runtime:open_runtime",
@@ -65,9 +66,14 @@ def open_runtime(name: str, path: Path, **options: object) -> Runtime:
 
     Raises:
         UsageError: no such runtime.
-        RuntimeFailure: it cannot load the model.
+        RuntimeFailure: it cannot load the model, or crashes or hangs on it.
     """
     if name not in RUNTIMES:
         raise UsageError(unknown_name("runtime", name, RUNTIMES))
     module, _, attribute = RUNTIMES[name].partition(":")
-    return cast(Runtime, getattr(import_module(module), attribute)(path, **options))
+    opener = getattr(import_module(module), attribute)
+    if name == "torch":
+        return cast(Runtime, opener(path, **options))
+    from mka_export.parity.runtimes.isolated import IsolatedRuntime
+
+    return IsolatedRuntime(opener, path, options)

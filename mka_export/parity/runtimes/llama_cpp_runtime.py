@@ -13,7 +13,8 @@ import llama_cpp
 import numpy as np
 from numpy.typing import NDArray
 
-from mka_export.errors import RuntimeFailure, UsageError
+from mka_export.errors import CheckpointError, RuntimeFailure, UsageError
+from mka_export.models.gguf_file import read_gguf
 from mka_export.parity.runtimes import LogProbs, Windows
 
 BATCH = 128  # positions whose logits the library holds at a time: 78 MB at a vocabulary of 152 000
@@ -42,7 +43,7 @@ class LlamaCppRuntime:
         threads: CPU threads; by default as many as this process may use.
 
     Raises:
-        RuntimeFailure: llama.cpp cannot load the file; the message carries what the library logged.
+        RuntimeFailure: the file is damaged, or llama.cpp cannot load it; the message carries what was logged.
         UsageError: GPU layers are asked of a build without GPU support.
     """
 
@@ -54,6 +55,12 @@ class LlamaCppRuntime:
                 f"--gpu-layers {gpu_layers}: this build of llama-cpp-python has no GPU support",
                 "Leave the option out, or install a CUDA, Metal or Vulkan build.",
             )
+        if not path.is_file():
+            raise RuntimeFailure(f"{path} is not a file", "Give a .gguf file.")
+        try:
+            read_gguf(path)  # llama.cpp believes some counts that it should not
+        except CheckpointError as error:
+            raise RuntimeFailure(error.what, error.remedy) from error
         self.path, self._gpu_layers, self._threads = path, gpu_layers, threads or _usable_cores()
         self.device = f"gpu ({gpu_layers if gpu_layers > 0 else 'all'} layers)" if gpu_layers else "cpu"
         self._model: Any = None
@@ -65,8 +72,6 @@ class LlamaCppRuntime:
         params.n_gpu_layers = gpu_layers
         params.check_tensors = True  # invalid block scales are found here, not as NaN later
         _log.clear()
-        if not path.is_file():
-            raise RuntimeFailure(f"{path} is not a file", "Give a .gguf file.")
         self._model = llama_cpp.llama_model_load_from_file(os.fsencode(path), params)
         if not self._model:
             raise self._failure("cannot load")

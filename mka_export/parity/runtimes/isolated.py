@@ -1,0 +1,86 @@
+"""A runtime in a process of its own: an artifact that makes it crash or hang is that artifact's failure only."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from multiprocessing.connection import Connection
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import numpy as np
+
+from mka_export.child import Child
+from mka_export.parity.runtimes import LogProbs, Runtime, Windows
+
+ROWS = 128  # of log-probabilities in one message: 78 MB at a vocabulary of 152 000
+
+
+class IsolatedRuntime:
+    """Any runtime, by messages.
+
+    Args:
+        opener: module-level function that opens it, ``(path, **options)``.
+        path: the artifact.
+        options: passed on.
+
+    Raises:
+        RuntimeFailure: the runtime cannot load the artifact, crashes or hangs.
+        UsageError: as the runtime raises it.
+    """
+
+    def __init__(
+        self,
+        opener: Callable[..., Runtime],
+        path: Path,
+        options: Mapping[str, object] = MappingProxyType({}),
+    ) -> None:
+        self._child = Child(f"the runtime of {path}", _serve, opener, path, dict(options))
+        try:
+            self.name, self.device, self.vocab_size = self._child.receive()
+        except BaseException:
+            self._child.close()
+            raise
+
+    def tokenize(self, text: str) -> list[int]:
+        """Turn text into ids, as the runtime does."""
+        ids: list[int] = self._call("tokenize", text)
+        return ids
+
+    def detokenize(self, ids: Sequence[int]) -> str:
+        """Turn ids into text, as the runtime does."""
+        return str(self._call("detokenize", ids))
+
+    def log_probs(self, windows: Windows) -> Iterator[LogProbs]:
+        """Yield, window by window, (tokens, vocabulary) log-probabilities; row t is for token t + 1."""
+        for window in windows:
+            self._child.send(("log_probs", window))
+            out = np.empty((len(window), self.vocab_size), dtype=np.float32)
+            for start in range(0, len(window), ROWS):
+                out[start : start + ROWS] = self._child.receive()
+            yield out
+
+    def generate(self, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> list[list[int]]:
+        """Continue each prompt greedily, as the runtime does."""
+        return [self._call("generate", [prompt], max_new_tokens)[0] for prompt in prompts]
+
+    def close(self) -> None:
+        """End the process."""
+        self._child.close()
+
+    def _call(self, method: str, *args: object) -> Any:
+        self._child.send((method, *args))
+        return self._child.receive()
+
+
+def _serve(connection: Connection, opener: Callable[..., Runtime], path: Path, options: dict[str, object]) -> None:
+    runtime = opener(path, **options)
+    connection.send((runtime.name, runtime.device, runtime.vocab_size))
+    while True:
+        method, *args = connection.recv()
+        if method == "log_probs":
+            (found,) = runtime.log_probs(args[0][None])
+            for start in range(0, len(found), ROWS):
+                connection.send(found[start : start + ROWS])
+        else:
+            connection.send(getattr(runtime, method)(*args))
