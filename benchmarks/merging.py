@@ -56,12 +56,11 @@ def main(model: str, ratios: str, methods: str, schedule: str, protect: int, tex
     for ratio in map(float, ratios.split(",")):
         remove = layers_to_remove(ratio, original.num_layers, protect)
         for method in methods.split(","):
-            with tempfile.TemporaryDirectory() as folder:
+            with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryDirectory() as pieces:
                 start = time.monotonic()
                 settings = Settings(remove, method, schedule, protect, None)
-                merge_stage(
-                    LayerRunner(original), calibration.ids, calibration.describe(), settings, Path(folder), quiet
-                )
+                folders = Path(folder), Path(pieces)
+                merge_stage(LayerRunner(original), calibration.ids, calibration.describe(), settings, *folders, quiet)
                 seconds = time.monotonic() - start
                 merged = losses(Path(folder), evaluation.ids)
             value, error = perplexity(merged)

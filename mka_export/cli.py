@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from click_default_group import DefaultGroup
 
 from mka_export import __version__
 from mka_export.errors import MkaError
+from mka_export.interrupt import obeyed
 from mka_export.options import (
     ConvertOptions,
     DeviceOptions,
@@ -30,7 +32,8 @@ class Group(DefaultGroup):  # type: ignore[misc]  # the package has no types
     def invoke(self, ctx: click.Context) -> Any:
         """Run the command."""
         try:
-            return super().invoke(ctx)
+            with obeyed(_say_how_to_go_on):
+                return super().invoke(ctx)
         except MkaError as error:
             click.echo(f"mka-export: {error}", err=True)
             sys.exit(error.exit_code)
@@ -38,10 +41,11 @@ class Group(DefaultGroup):  # type: ignore[misc]  # the package has no types
             where = f": {error.filename}" if error.filename else ""
             click.echo(f"mka-export: {error.strerror or error}{where}", err=True)
             sys.exit(1)
-        except KeyboardInterrupt:
-            again = " ".join(["mka-export", *sys.argv[1:]])
-            click.echo(f"mka-export: interrupted. Finished stages are kept; to go on: {again}", err=True)
-            sys.exit(130)
+
+
+def _say_how_to_go_on() -> None:
+    again = shlex.join(["mka-export", *sys.argv[1:]])
+    click.echo(f"mka-export: interrupted. What was finished is kept; to go on: {again}", err=True)
 
 
 @click.group(cls=Group, default="run", default_if_no_args=False, epilog=EPILOG)
@@ -103,6 +107,29 @@ def check(artifact: Path, against: str, **groups: Any) -> None:
     from mka_export import pipeline
 
     sys.exit(pipeline.check(artifact, against, **groups))
+
+
+@main.command()
+@click.argument("folder", type=click.Path(path_type=Path))
+@click.option("--json", "as_json", is_flag=True, help="Print what is wrong as JSON.")
+@click.option("--quiet", is_flag=True, help="No progress on stderr.")
+def verify(folder: Path, as_json: bool, quiet: bool) -> None:
+    """Check every published file in output FOLDER against its manifest."""
+    import json
+
+    from mka_export.progress import Progress
+    from mka_export.verify import verify as check_files
+
+    count, findings = check_files(folder, Progress(quiet=quiet))
+    if as_json:
+        click.echo(json.dumps({"files": count, "findings": [vars(f) for f in findings]}, indent=2))
+    else:
+        for finding in findings:
+            click.echo(f"{finding.state}  {finding.file}")
+        click.echo(
+            f"{count} files, " + (f"{len(findings)} not as they were made" if findings else "all as they were made")
+        )
+    sys.exit(1 if findings else 0)
 
 
 @main.command()

@@ -10,8 +10,6 @@ from typing import Any
 
 import click
 
-from mka_export.errors import UsageError
-
 Command = Callable[..., Any]
 FILE = click.Path(path_type=Path, dir_okay=False)
 
@@ -143,15 +141,3 @@ def options(**groups: type) -> Callable[[Command], Command]:
         return call
 
     return decorate
-
-
-def require_targets(names: tuple[str, ...]) -> None:
-    """Check that some target is named, and none twice.
-
-    Raises:
-        UsageError: otherwise.
-    """
-    if not names:
-        raise UsageError("no --to", "Say what to make, for example --to gguf-q4; 'mka-export targets' lists them.")
-    if len(set(names)) < len(names):
-        raise UsageError(f"--to names a target twice: {', '.join(names)}")

@@ -83,12 +83,22 @@ class Artifact:
 class Converter(Protocol):
     """Turn a checkpoint into an artifact inside the existing empty folder ``out``.
 
+    A file that takes long to make, and from which others are made, may be left in the existing folder ``pieces``:
+    it is there again if the work was killed and goes on with the same checkpoint and target.
+
     Raises:
         ConversionError, UnsupportedError: it cannot be made; nothing else may escape.
     """
 
     def __call__(
-        self, checkpoint: Checkpoint, target: Target, out: Path, *, activations: Activations | None, progress: Progress
+        self,
+        checkpoint: Checkpoint,
+        target: Target,
+        out: Path,
+        pieces: Path,
+        *,
+        activations: Activations | None,
+        progress: Progress,
     ) -> Artifact:
         """Make the artifact."""
 

@@ -2,7 +2,8 @@
 
 Every stage is a folder that appears under its name by one rename, with ``stage.json`` inside: what it was
 made from (inputs, settings, versions), and the sha256 of each of its files. A stage whose record matches
-is not made again. So whenever the work is killed, what stands under a final name is whole.
+is not made again. So whenever the work is killed, what stands under a final name is whole. A stage that takes
+long keeps its finished pieces in a hidden folder beside it until it is published.
 """
 
 from __future__ import annotations
@@ -89,12 +90,13 @@ class Workspace:
     ) -> None:
         self._lock.close()
 
-    def stage(self, name: str, inputs: Mapping[str, Any], make: Callable[[Path], None]) -> Stage:
-        """Return stage ``name``, made by ``make(folder)`` unless it is there with the same ``inputs``.
+    def stage(self, name: str, inputs: Mapping[str, Any], make: Callable[[Path, Path], None]) -> Stage:
+        """Return stage ``name``, made by ``make(folder, pieces)`` unless it is there with the same ``inputs``.
 
         Args:
             inputs: JSON values that the result depends on, versions and fingerprints included.
-            make: writes the stage's files into an existing empty folder.
+            make: writes the stage's files into the existing empty ``folder``. What it leaves in ``pieces`` is
+                there again when the work is killed and goes on with the same inputs.
         """
         final = self.path / name
         inputs = json.loads(json.dumps(inputs, sort_keys=True))
@@ -103,13 +105,15 @@ class Workspace:
             if final.exists():
                 self.progress.say(f"{name}: made again, because {why}")
             start = time.monotonic()
+            pieces = _pieces(final, inputs)
             with publish_folder(final) as folder:
-                make(folder)
+                make(folder, pieces)
                 seconds = round(time.monotonic() - start, 2)
                 files = {str(p.relative_to(folder)): file_sha256(p) for p in sorted(folder.rglob("*")) if p.is_file()}
                 write_atomically(
                     folder / RECORD, {"format": FORMAT, "inputs": inputs, "seconds": seconds, "files": files}
                 )
+            shutil.rmtree(pieces)
             stage = Stage(name, final, seconds, False, files)
         else:
             self.progress.say(f"{name}: there already, kept")
@@ -117,9 +121,16 @@ class Workspace:
         return stage
 
     def write_manifest(self, contents: Mapping[str, Any]) -> None:
-        """Write ``manifest.json``: ``contents``, and every stage's files with their sha256."""
-        stages = {stage.name: dict(stage.files) for stage in self.stages}
-        write_atomically(self.path / MANIFEST, {"format": FORMAT, **contents, "stages": stages})
+        """Write ``manifest.json``: ``contents``, and the sha256 of every published file, of earlier runs too."""
+        files = {name: file_sha256(self.path / name) for name in sorted(p.name for p in self.path.glob("[!.]*.json"))}
+        files.pop(MANIFEST, None)
+        for record in sorted(self.path.rglob(RECORD)):
+            folder = record.parent.relative_to(self.path)
+            known = read_record(record.parent)
+            if known is not None and not any(part.startswith(".") for part in folder.parts):
+                for name, sha256 in {**known["files"], RECORD: file_sha256(record)}.items():
+                    files[(folder / name).as_posix()] = sha256
+        write_atomically(self.path / MANIFEST, {"format": FORMAT, **contents, "files": files})
 
 
 def check_ours(path: Path) -> None:
@@ -172,17 +183,46 @@ def publish_folder(final: Path) -> Iterator[Path]:
         shutil.rmtree(making, ignore_errors=True)
 
 
+@contextmanager
+def publish_file(final: Path) -> Iterator[Path]:
+    """Yield a path beside ``final``; the file written there takes that name, whole and on disk, when the block ends."""
+    writing = final.with_name(f".{final.name}.writing")
+    try:
+        yield writing
+        _sync(writing)
+        writing.replace(final)
+    finally:
+        writing.unlink(missing_ok=True)
+
+
 def write_atomically(path: Path, data: object) -> None:
     """Write ``data`` as JSON so that ``path`` holds either the old or the new contents, never a part."""
-    temporary = path.with_name(f".{path.name}.writing")
-    write_json(temporary, data)
-    _sync(temporary)
-    temporary.replace(path)
+    with publish_file(path) as writing:
+        write_json(writing, data)
 
 
 def write_json(path: Path, data: object) -> None:
     """Write ``data`` as indented JSON with a final newline; NaN and infinity are refused."""
     path.write_text(json.dumps(data, indent=2, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
+
+
+def seal(path: Path, about: Mapping[str, Any]) -> None:
+    """Record beside a finished piece that it is whole, and what it is."""
+    write_atomically(_seal(path), {"about": about, "sha256": file_sha256(path)})
+
+
+def sealed(path: Path) -> dict[str, Any] | None:
+    """Return what a piece is, or None where it is not there as it was sealed."""
+    try:
+        record = json.loads(_seal(path).read_text(encoding="utf-8"))
+        about: dict[str, Any] = record["about"]
+        return about if record["sha256"] == file_sha256(path) else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _seal(path: Path) -> Path:
+    return path.with_name(f"{path.name}.seal")
 
 
 def file_sha256(path: Path) -> str:
@@ -215,6 +255,20 @@ def _existing(final: Path, name: str, inputs: Mapping[str, Any]) -> tuple[Stage 
         if not (final / file).is_file() or file_sha256(final / file) != sha256:
             return None, f"{file} is not as it was made"
     return Stage(name, final, record["seconds"], True, record["files"]), ""
+
+
+def _pieces(final: Path, inputs: Mapping[str, Any]) -> Path:
+    """Return the folder of finished pieces of a stage, emptied if it is of other inputs."""
+    folder, record = final.with_name(f".{final.name}.pieces"), "inputs.json"
+    try:
+        same = json.loads((folder / record).read_text(encoding="utf-8")) == inputs
+    except (OSError, ValueError):
+        same = False
+    if not same:
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        write_atomically(folder / record, inputs)
+    return folder
 
 
 def _format(manifest: Path) -> str | None:

@@ -55,12 +55,56 @@ def test_main_job_passes_and_prints_a_table(done):
 
 def test_every_published_file_is_as_the_manifest_has_it(done):
     out, _ = done
-    stages = json.loads((out / "manifest.json").read_text())["stages"]
-    assert set(stages) == {"merged", "gguf-f16", "parity/gguf-f16", "gguf-q4", "parity/gguf-q4"}
-    for stage, files in stages.items():
-        for name, sha256 in files.items():
-            assert hashlib.sha256((out / stage / name).read_bytes()).hexdigest() == sha256
-    assert not [p for p in out.rglob("*") if "making" in p.name or "writing" in p.name or ".states" in p.name]
+    files = json.loads((out / "manifest.json").read_text())["files"]
+    stages = {name.removesuffix("/stage.json") for name in files if name.endswith("/stage.json")}
+    assert stages == {"merged", "gguf-f16", "parity/gguf-f16", "gguf-q4", "parity/gguf-q4"}
+    for name, sha256 in files.items():
+        assert hashlib.sha256((out / name).read_bytes()).hexdigest() == sha256
+    there = {p.relative_to(out).as_posix() for p in out.rglob("*") if p.is_file()}
+    assert there == {*files, "manifest.json", ".lock"}
+
+
+def test_verify(done, tmp_path):
+    out = shutil.copytree(done[0], tmp_path / "copy")
+    result = type_in("verify", out, "--quiet")
+    assert (result.exit_code, result.stderr) == (0, "")
+    assert result.stdout.endswith("all as they were made\n")
+    artifact = next((out / "gguf-q4").glob("*.gguf"))
+    data = bytearray(artifact.read_bytes())
+    data[-1] ^= 1
+    artifact.write_bytes(data)
+    (out / "report.json").unlink()
+    (out / "merged" / "extra.py").write_text("print()")
+    (out / "notes.txt").write_text("mine")
+    result = type_in("verify", out, "--quiet", "--json")
+    assert result.exit_code == 1
+    assert json.loads(result.stdout)["findings"] == [
+        {"file": f"gguf-q4/{artifact.name}", "state": "changed"},
+        {"file": "merged/extra.py", "state": "unknown"},
+        {"file": "report.json", "state": "missing"},
+    ]
+
+
+@pytest.mark.parametrize(
+    ("manifest", "words"),
+    [
+        (None, "holds no manifest.json"),
+        ("{", "is damaged"),
+        ("[" * 100_000, "is damaged"),
+        ("[]", "no manifest of mka-export"),
+        ('{"format": "mka-export/workspace", "files": {"a": 1}}', "no manifest of mka-export"),
+        ('{"format": "mka-export/workspace", "files": {"../x": "0"}}', "outside its folder: ../x"),
+        ('{"format": "mka-export/workspace", "files": {"/etc/passwd": "0"}}', "outside its folder"),
+        ('{"format": "mka-export/workspace", "files": {"C:\\\\x": "0"}}', "outside its folder"),
+    ],
+)
+def test_verify_refuses_what_is_no_manifest(manifest, words, tmp_path):
+    if manifest is not None:
+        (tmp_path / "manifest.json").write_text(manifest)
+    result = type_in("verify", tmp_path)
+    assert result.exit_code == 1
+    assert words in result.stderr
+    assert len(result.stderr.splitlines()) == 1
 
 
 def test_f16_artifact_computes_in_llama_cpp_what_the_merged_checkpoint_does_in_transformers(done):
@@ -100,7 +144,7 @@ def test_second_run_repeats_nothing_and_changes_no_byte(done, model):
     assert again.exit_code == 0
     after = files_of(out)
     changed = {name for name in after if after[name] != before.get(name)}
-    assert changed == {"report.json"}  # its stages now say that they were reused
+    assert changed == {"report.json", "manifest.json"}  # its stages now say that they were reused
     assert all(stage["reused"] for stage in json.loads(after["report.json"])["stages"])
 
 
@@ -233,7 +277,7 @@ def test_interrupt_leaves_nothing_half_done_and_says_how_to_go_on(model, tmp_pat
     assert process.returncode == 130
     assert "to go on: mka-export" in errors
     assert "Traceback" not in errors
-    assert sorted(p.name for p in out.iterdir()) == [".lock", "manifest.json"]
+    assert {p.name for p in out.iterdir()} <= {".lock", "manifest.json", ".merged.pieces"}
 
 
 def test_lists():

@@ -13,9 +13,15 @@ if TYPE_CHECKING:
 
 
 def convert(
-    checkpoint: Checkpoint, target: Target, out: Path, *, activations: Activations | None, progress: Progress
+    checkpoint: Checkpoint,
+    target: Target,
+    out: Path,
+    pieces: Path,
+    *,
+    activations: Activations | None,
+    progress: Progress,
 ) -> Artifact:
     """Turn a checkpoint into one GGUF file in the folder ``out``: see ``mka_gguf.conversion.convert``."""
     from mka_gguf.conversion import convert as run  # torch and llama.cpp load here, not with the package
 
-    return run(checkpoint, target, out, activations=activations, progress=progress)
+    return run(checkpoint, target, out, pieces, activations=activations, progress=progress)

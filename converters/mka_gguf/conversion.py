@@ -14,6 +14,7 @@ from mka_export.models.activations import Activations
 from mka_export.models.checkpoint import Checkpoint
 from mka_export.progress import Progress
 from mka_export.target import Artifact, Target
+from mka_export.workspace import publish_file, seal, sealed
 from mka_gguf.hyperparameters import add_hyperparameters, add_rope, read_config, usable_context
 from mka_gguf.quantizer import quantize
 from mka_gguf.settings import read_settings
@@ -21,11 +22,17 @@ from mka_gguf.tensors import UNQUANTIZED, Entry, gguf_names, plan_tensors
 from mka_gguf.vocabulary import Vocabulary, read_vocabulary
 from mka_gguf.writing import Contents, add_general, add_imatrix, announce, read_contents, write
 
-UNQUANTIZED_FILE = "unquantized.gguf"  # removed when the quantized one is there
+UNQUANTIZED_FILE = "unquantized.gguf"  # among the pieces
 
 
 def convert(
-    checkpoint: Checkpoint, target: Target, out: Path, *, activations: Activations | None, progress: Progress
+    checkpoint: Checkpoint,
+    target: Target,
+    out: Path,
+    pieces: Path,
+    *,
+    activations: Activations | None,
+    progress: Progress,
 ) -> Artifact:
     """Turn a checkpoint into one GGUF file, ``<name>-<PRECISION>.gguf``, in the existing empty folder ``out``.
 
@@ -35,6 +42,7 @@ def convert(
         checkpoint: the model; tensors are read one at a time.
         target: its ``precision`` is a name in ``settings.PRECISIONS``, its ``options`` those of ``settings.Options``.
         out: where to write.
+        pieces: where the file that is quantized is kept, should the work be killed.
         activations: column statistics that guide the quantizer at 4 bits and fewer, or None.
         progress: told what is going on.
 
@@ -47,7 +55,7 @@ def convert(
         UnsupportedError: the model has something that GGUF or llama.cpp has no counterpart for.
     """
     try:
-        return _convert(checkpoint, target, out, activations, progress)
+        return _convert(checkpoint, target, out, pieces, activations, progress)
     except (ConversionError, UnsupportedError):
         raise
     except MkaError as error:
@@ -59,7 +67,12 @@ def convert(
 
 
 def _convert(
-    checkpoint: Checkpoint, target: Target, out: Path, activations: Activations | None, progress: Progress
+    checkpoint: Checkpoint,
+    target: Target,
+    out: Path,
+    pieces: Path,
+    activations: Activations | None,
+    progress: Progress,
 ) -> Artifact:
     precision, options = read_settings(target)
     config = read_config(checkpoint)
@@ -73,16 +86,18 @@ def _convert(
     if imatrix and activations:
         add_imatrix(writer, activations.calibration, len(imatrix))
     path = out / f"{options.file_stem or checkpoint.path.resolve().name}-{target.precision.upper()}.gguf"
-    first = out / UNQUANTIZED_FILE if precision.quantized else path
-    try:
-        with progress.task(f"write {first.name}", len(entries)) as task:
-            write(writer, first, entries, task)
-        if precision.quantized:
-            with progress.task(f"quantize to {target.precision}", len(entries)) as task:
+    first = pieces / UNQUANTIZED_FILE if precision.quantized else path
+    if sealed(first) is None:
+        with progress.task(f"write {first.name}", len(entries)) as task, publish_file(first) as writing:
+            write(writer, writing, entries, task)
+    if precision.quantized:
+        seal(first, {})
+        with progress.task(f"quantize to {target.precision}", len(entries)) as task:
+            try:
                 quantize(first, path, precision.file_type, imatrix, task)
-    finally:
-        if precision.quantized:
-            first.unlink(missing_ok=True)
+            except MkaError:
+                first.unlink()
+                raise
 
     contents = read_contents(path, precision)
     _check_fallback(target, contents, options.max_fallback)

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from safetensors.torch import save_file
 
 from mka_export.errors import UsageError
 from mka_export.merge.fuse import METHODS
@@ -21,11 +23,12 @@ from mka_export.merge.trajectory import Trajectory
 from mka_export.models.checkpoint import CONFIG, Checkpoint, CheckpointWriter, copy_tokenizer
 from mka_export.models.runner import LayerRunner
 from mka_export.progress import Progress, Task
-from mka_export.workspace import write_json
+from mka_export.workspace import publish_file, seal, sealed, write_json
 
 PROBE_WINDOWS = 4
 GRAPH_NODES = 1024
 MASSIVE = 5.0  # times the stream before
+STATES = "states-"
 PLAN, ACTIVATIONS, SIMILARITY, HEATMAP = "plan.json", "activations.safetensors", "similarity.json", "similarity.png"
 
 
@@ -74,6 +77,7 @@ def merge_stage(
     calibration: Mapping[str, Any],
     settings: Settings | Plan,
     out: Path,
+    pieces: Path,
     progress: Progress,
 ) -> None:
     """Merge, and write the results into the existing empty folder ``out``.
@@ -82,25 +86,35 @@ def merge_stage(
         windows: calibration token ids (N, T).
         calibration: where they are from, for the plan; ``sha256`` among it.
         settings: how to choose, or a plan to replay.
+        pieces: where finished pairs are kept, and taken from if an earlier run with the same inputs was killed.
     """
     checkpoint = runner.checkpoint
     ids = torch.from_numpy(windows)
-    with tempfile.TemporaryDirectory(prefix=".states-", dir=out) as folder:
+    for left in pieces.glob(f"{STATES}*"):  # of a run that was killed
+        shutil.rmtree(left)
+    with tempfile.TemporaryDirectory(prefix=STATES, dir=pieces) as folder:
         # All windows take part in a fit, and run only to the layers that are fitted; a few of them are
         # enough for the graph of the similarity, and run to the top after every merge.
         trajectory = Trajectory(runner, ids, Path(folder) / "all")
-        view = _Similarities(Trajectory(runner, ids[:: max(1, len(ids) // PROBE_WINDOWS)], Path(folder) / "probe"))
+        probe = trajectory
+        if len(ids) > PROBE_WINDOWS:
+            probe = Trajectory(runner, ids[:: len(ids) // PROBE_WINDOWS], Path(folder) / "probe")
+        view = _Similarities(probe)
         with progress.task("similarity of the layers", checkpoint.num_layers) as task:
             before = view.matrix(task)
-        steps = []
+        steps: list[Step] = []
         choices = _replay(settings, trajectory) if isinstance(settings, Plan) else _choose(settings, view)
         total = len(settings.steps) if isinstance(settings, Plan) else settings.remove
         with progress.task(f"merging {total} times ({settings.method})", total) as task:
             for position, similarity, alpha in choices:
                 lower, upper = trajectory.layers[position].span, trajectory.layers[position + 1].span
-                weights, figures = METHODS[settings.method](trajectory, position, alpha)
-                trajectory.replace(position, weights)
-                view.replace(position, weights)
+                piece = _Piece(pieces, [*steps, Step(lower, upper, similarity, alpha)])
+                figures = piece.figures()
+                if figures is None:
+                    figures = piece.keep(*METHODS[settings.method](trajectory, position, alpha))
+                for each in {trajectory, probe}:
+                    each.replace(position, piece.weights)
+                view.forget(position)
                 steps.append(Step(lower, upper, similarity, alpha, figures))
                 task.advance()
         model = {
@@ -118,6 +132,26 @@ def merge_stage(
         {"measure": plan.measure, "before": before.round(6).tolist(), "after": after.round(6).tolist()},
     )
     draw_heatmaps(before, after, plan.layers(), out / HEATMAP)
+
+
+class _Piece:
+    """A finished merge on disk: the layer's weights, and the steps up to it, which they follow from."""
+
+    def __init__(self, folder: Path, steps: list[Step]) -> None:
+        self.weights = folder / f"pair-{len(steps)}.safetensors"
+        self._steps = [asdict(step) | {"figures": {}} for step in steps]
+
+    def figures(self) -> dict[str, float] | None:
+        """Return the figures of the merge, or None where it is still to be made."""
+        about = sealed(self.weights)
+        return about["figures"] if about and about["steps"] == self._steps else None
+
+    def keep(self, weights: Mapping[str, torch.Tensor], figures: dict[str, float]) -> dict[str, float]:
+        """Write it; returns ``figures``."""
+        with publish_file(self.weights) as writing:
+            save_file({name: t.cpu().contiguous() for name, t in weights.items()}, writing)
+        seal(self.weights, {"steps": self._steps, "figures": figures})
+        return figures
 
 
 class _Similarities:
@@ -153,9 +187,8 @@ class _Similarities:
         self._complete(task)
         return similarity_matrix(self._cells)
 
-    def replace(self, position: int, weights: dict[str, torch.Tensor]) -> None:
+    def forget(self, position: int) -> None:
         """Follow a merge: the layers from ``position`` on have changed."""
-        self.probe.replace(position, weights)
         del self._cells[position:]
 
     def _complete(self, task: Task | None = None) -> None:

@@ -11,11 +11,11 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors import safe_open
 from torch import Tensor
 
+from mka_export.merge.states import StatesFile
 from mka_export.models.activations import Activations, ColumnStatistics
 from mka_export.models.runner import LayerRunner, check_finite
 
@@ -74,12 +74,13 @@ class Trajectory:
         """Cut the windows into batches that fit in memory."""
         return self.runner.batches(self._shape[0], self._shape[1])
 
-    def weights(self, position: int) -> dict[str, Tensor]:
-        """Return the float32 weights of the layer now at ``position``."""
+    def weights(self, position: int, *names: str) -> dict[str, Tensor]:
+        """Return float32 weights of the layer now at ``position``: those called ``names``, or all."""
         layer = self.layers[position]
         if layer.file is None:
-            return self.runner.weights(layer.first)
-        return {name: t.to(self.runner.device) for name, t in load_file(layer.file).items()}
+            return self.runner.weights(layer.first, *names)
+        with safe_open(layer.file, framework="pt", device=str(self.runner.device)) as f:
+            return {name: f.get_tensor(name) for name in names or f.keys()}
 
     def before(self, position: int, batch: slice) -> Tensor:
         """Return the states that enter the layer at ``position`` of the model under merge: (batch, T, hidden)."""
@@ -93,10 +94,10 @@ class Trajectory:
 
     def nodes_after(self, position: int, nodes: Tensor) -> Tensor:
         """Return the states after ``position`` at some (window, token) nodes: (2, n) -> (n, hidden) float32."""
-        path, (window, token), found = self._states(position + 1), nodes, []
+        file, (window, token), found = self._states(position + 1), nodes, []
         for batch in self.batches():
             here = (window >= batch.start) & (window < batch.stop)
-            found.append(self._read(path, batch)[window[here] - batch.start, token[here]])
+            found.append(self._read(file, batch)[window[here] - batch.start, token[here]])
         return torch.cat(found).cpu()
 
     def activations(self, calibration: str) -> Activations:
@@ -107,18 +108,16 @@ class Trajectory:
         found = {name(i, k): v for i, layer in enumerate(layers) for k, v in layer.mean_square.items()}
         return Activations(found, self.ids.numel(), calibration)
 
-    def replace(self, position: int, weights: dict[str, Tensor]) -> None:
-        """Put one layer with ``weights`` in the place of the layers at ``position`` and ``position + 1``."""
+    def replace(self, position: int, file: Path) -> None:
+        """Put one layer, with the float32 weights in ``file``, in the place of those at ``position`` and after it."""
         first, last = self.layers[position].first, self.layers[position + 1].last
-        file = self.folder / f"layer-{first}-{last}.safetensors"
-        save_file({name: t.cpu().contiguous() for name, t in weights.items()}, file)
         if position < self._shared:
             self._shared = self._merged_known = position
         self._merged_known = min(self._merged_known, position)
         del self._merged_statistics[self._merged_known - self._shared :]
         self.layers[position : position + 2] = [Layer(first, last, file)]
 
-    def _states(self, boundary: int) -> Path:
+    def _states(self, boundary: int) -> StatesFile:
         """Return the file of the states at ``boundary`` of the model under merge, made if need be."""
         self._run_original(min(boundary, self._shared))
         while self._merged_known < boundary and boundary > self._shared:
@@ -143,8 +142,8 @@ class Trajectory:
         self,
         kind: int,
         weights: dict[str, Tensor],
-        source: Path,
-        out: Path,
+        source: StatesFile,
+        out: StatesFile,
         note: Callable[[Tensor, Tensor], None] | None = None,
     ) -> ColumnStatistics:
         statistics = ColumnStatistics()
@@ -159,20 +158,18 @@ class Trajectory:
         self.layer_runs += 1
         return statistics
 
-    def _original(self, boundary: int) -> Path:
-        return self.folder / f"original-{boundary}.f32"
+    def _original(self, boundary: int) -> StatesFile:
+        return StatesFile(self.folder / f"original-{boundary}.f32", self._shape[2])
 
-    def _merged(self, boundary: int) -> Path:
-        return self._original(boundary) if boundary <= self._shared else self.folder / f"merged-{boundary}.f32"
+    def _merged(self, boundary: int) -> StatesFile:
+        if boundary <= self._shared:
+            return self._original(boundary)
+        return StatesFile(self.folder / f"merged-{boundary}.f32", self._shape[2])
 
-    def _read(self, path: Path, batch: slice) -> Tensor:
-        # Plain reads and not a memory map: pages of a map count as the process's memory.
-        per_window = self._shape[1] * self._shape[2]
-        count, offset = (batch.stop - batch.start) * per_window, batch.start * per_window * 4
-        flat = np.fromfile(path, dtype=np.float32, count=count, offset=offset)
-        return torch.from_numpy(flat).view(-1, *self._shape[1:]).to(self.runner.device)
+    def _read(self, file: StatesFile, batch: slice) -> Tensor:
+        tokens = self._shape[1]
+        states = file.read(slice(batch.start * tokens, batch.stop * tokens))
+        return states.view(-1, *self._shape[1:]).to(self.runner.device)
 
-    def _write(self, path: Path, batch: slice, states: Tensor) -> None:
-        with path.open("r+b" if path.exists() else "wb") as f:
-            f.seek(batch.start * self._shape[1] * self._shape[2] * 4)
-            states.cpu().contiguous().numpy().tofile(f)
+    def _write(self, file: StatesFile, batch: slice, states: Tensor) -> None:
+        file.write(batch.start * self._shape[1], states.flatten(0, 1))

@@ -54,6 +54,11 @@ class Architecture:
         return None, tensor
 
     @property
+    def mlp(self) -> str:
+        """The name of the MLP module inside a layer."""
+        return self.layer["gate"].partition(".")[0]
+
+    @property
     def roles(self) -> dict[str, str]:
         """Name inside a layer -> role, for required and optional tensors."""
         return {name: role for role, name in {**self.layer, **self.optional}.items()}

@@ -122,22 +122,20 @@ class Checkpoint:
         """Read some rows of a matrix, as stored: (len(indices), columns)."""
         with safe_open(self.path / self.shards[name], framework="pt") as f:
             piece = f.get_slice(name)
-            first, last = int(indices.min()), int(indices.max())
-            rows: Tensor = piece[first : last + 1][indices - first]
-            return rows
+            return torch.cat([piece[i : i + 1] for i in indices.tolist()])
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Return a tensor's shape without reading it."""
         with safe_open(self.path / self.shards[name], framework="pt") as f:
             return tuple(f.get_slice(name).get_shape())
 
-    def layer(self, index: int) -> dict[str, Tensor]:
-        """Read layer ``index``: name inside the layer -> tensor."""
+    def layer(self, index: int, *names: str) -> dict[str, Tensor]:
+        """Read tensors of layer ``index``, those called ``names`` or all: name inside the layer -> tensor."""
         return {
             inside: self.tensor(name)
             for name in self.shards
             for at, inside in [self.architecture.split(name)]
-            if at == index
+            if at == index and (not names or inside in names)
         }
 
     @cached_property

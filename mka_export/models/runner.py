@@ -60,9 +60,9 @@ class LayerRunner:
         layer: nn.Module = self._layers.get_submodule(str(index))
         return layer
 
-    def weights(self, index: int) -> dict[str, Tensor]:
-        """Read the weights of layer ``index`` into float32 on the device."""
-        return {name: t.to(self.device, torch.float32) for name, t in self.checkpoint.layer(index).items()}
+    def weights(self, index: int, *names: str) -> dict[str, Tensor]:
+        """Read weights of layer ``index`` into float32 on the device: those called ``names``, or all."""
+        return {name: t.to(self.device, torch.float32) for name, t in self.checkpoint.layer(index, *names).items()}
 
     def embed(self, ids: Tensor) -> Tensor:
         """Return the states before the first layer: ids (N, T) -> (N, T, hidden) float32.
@@ -83,6 +83,21 @@ class LayerRunner:
         out = functional_call(self.layer_module(index), dict(weights), (states,), keywords)
         after: Tensor = out[0] if isinstance(out, tuple) else out
         return after
+
+    @torch.no_grad()
+    def before_mlp(self, index: int, weights: Weights, states: Tensor) -> tuple[Tensor, Tensor]:
+        """Apply all of layer ``index`` but its MLP, whose weights need not be there.
+
+        Returns:
+            the stream that the MLP would add to, and what the MLP would read: both of ``states``' shape.
+        """
+        layer, name = self.layer_module(index), self.checkpoint.architecture.mlp
+        mlp, silent = layer.get_submodule(name), _SilentMLP()
+        try:
+            setattr(layer, name, silent)
+            return self.run_layer(index, weights, states), silent.inputs
+        finally:
+            setattr(layer, name, mlp)
 
     @contextmanager
     def watch(self, index: int, hook: InputHook) -> Iterator[None]:
@@ -165,6 +180,16 @@ class _Recorder(nn.Module):
     def forward(self, states: Tensor, **keywords: Any) -> Tensor:
         self.keywords = keywords
         return states
+
+
+class _SilentMLP(nn.Module):
+    """Stands in for an MLP: keeps its input, adds nothing."""
+
+    inputs: Tensor
+
+    def forward(self, states: Tensor) -> Tensor:
+        self.inputs = states
+        return torch.zeros_like(states)
 
 
 def pick_device(name: str) -> torch.device:

@@ -70,9 +70,10 @@ def check(
     compression = dataclasses.replace(Limits(max_ppl_ratio=DEFAULT_MAX_PPL_RATIO), **given_limits(limits, ""))
     target = Target(artifact.stem, "", "", "", "llama.cpp", Limits(), compression)
     made = Artifact(artifact, (artifact.name,), artifact.stat().st_size)
-    with Workspace(job.out, job.progress) if job.out else nullcontext():
+    with Workspace(job.out, job.progress) if job.out else nullcontext() as workspace:
         job.open()
         report = job.report(None, [job.measure(made, None, target, {artifact.name: file_sha256(artifact)})], [])
-        if job.out:
-            write_report(report, job.out / REPORT)
+        if workspace:
+            write_report(report, workspace.path / REPORT)
+            workspace.write_manifest({})
         return job.show(report)

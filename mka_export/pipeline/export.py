@@ -61,9 +61,10 @@ class Export(Job):
             "merge": settings.to_dict() if isinstance(settings, Plan) else dataclasses.asdict(settings),
         }
 
-        def make(folder: Path) -> None:
+        def make(folder: Path, pieces: Path) -> None:
             runner = LayerRunner(self.original, self.device.device)
-            merge_stage(runner, self.calibration.ids, self.calibration.describe(), settings, folder, self.progress)
+            calibration = self.calibration
+            merge_stage(runner, calibration.ids, calibration.describe(), settings, folder, pieces, self.progress)
 
         stage = self.workspace.stage(MERGED, inputs, make)
         plan = read_json(stage.path / PLAN)
@@ -114,9 +115,9 @@ class Export(Job):
             "activations": activations and [activations.calibration, activations.tokens],
         }
 
-        def make(folder: Path) -> None:
+        def make(folder: Path, pieces: Path) -> None:
             convert = load_converter(target.converter)
-            made = convert(checkpoint, target, folder, activations=activations, progress=self.progress)
+            made = convert(checkpoint, target, folder, pieces, activations=activations, progress=self.progress)
             fields = {"path": made.path.name, "files": made.files, "nbytes": made.nbytes, "details": made.details}
             write_json(folder / ARTIFACT, fields)
 
@@ -148,7 +149,7 @@ class Export(Job):
             "devices": dataclasses.asdict(self.device),
         }
 
-        def make(folder: Path) -> None:
+        def make(folder: Path, pieces: Path) -> None:
             write_json(folder / RESULT, self.measure(artifact, checkpoint, target, made.files))
 
         return read_json(self.workspace.stage(f"{PARITY}/{target.name}", inputs, make).path / RESULT)
@@ -157,7 +158,7 @@ class Export(Job):
         if checkpoint is not self.original:
             return Activations.load(checkpoint.path / ACTIVATIONS)
 
-        def make(folder: Path) -> None:
+        def make(folder: Path, pieces: Path) -> None:
             runner = LayerRunner(checkpoint, self.device.device)
             ids = torch.from_numpy(self.calibration.ids)
             calibrate(runner, ids, self.calibration.sha256, self.progress).save(folder / ACTIVATIONS)
@@ -171,8 +172,9 @@ class Export(Job):
     def finish(self, targets: list[dict[str, Any]], *, merged: bool) -> int:
         """Write report and manifest, print the report, and return the exit code."""
         report = self.report(self._merge_report if merged else None, targets, self.workspace.stages)
+        report = write_report(report, self.workspace.path / REPORT)
         self.write_manifest()
-        return self.show(write_report(report, self.workspace.path / REPORT))
+        return self.show(report)
 
     def write_manifest(self) -> None:
         """Record what was made from what."""

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from mka_export.errors import UsageError
-from mka_export.merge.fuse import NormalEquations
+from mka_export.merge.fuse import METHODS
 from mka_export.merge.plan import read_plan
 from mka_export.merge.stage import PROBE_WINDOWS, Settings, layers_to_remove, merge_stage
 from mka_export.merge.trajectory import Trajectory
@@ -32,7 +33,9 @@ def settings(**changes) -> Settings:
 
 def merged(model: Path, out: Path, how) -> Path:
     out.mkdir()
-    merge_stage(LayerRunner(Checkpoint.open(model)), WINDOWS, CALIBRATION, how, out, QUIET)
+    pieces = out.with_name(f"{out.name}-pieces")
+    pieces.mkdir(exist_ok=True)
+    merge_stage(LayerRunner(Checkpoint.open(model)), WINDOWS, CALIBRATION, how, out, pieces, QUIET)
     return out
 
 
@@ -98,6 +101,29 @@ def test_same_input_same_bytes_and_a_plan_replays_to_them(pico_llama, tmp_path):
         assert (first / name).read_bytes() == (replayed / name).read_bytes(), name
 
 
+@pytest.mark.parametrize("schedule", ["iterative", "one-shot"])
+def test_a_merge_goes_on_at_its_last_finished_pair(schedule, pico_llama, tmp_path, monkeypatch):
+    how, fuse, fits = settings(schedule=schedule, remove=3), METHODS["mka"], []
+
+    def counted(trajectory, position, alpha):
+        fits.append(position)
+        if len(fits) == 3:
+            raise KeyboardInterrupt
+        return fuse(trajectory, position, alpha)
+
+    undisturbed = merged(pico_llama, tmp_path / "undisturbed", how)
+    monkeypatch.setitem(METHODS, "mka", counted)
+    with pytest.raises(KeyboardInterrupt):
+        merged(pico_llama, tmp_path / "out", how)
+    shutil.rmtree(tmp_path / "out")
+    damaged = tmp_path / "out-pieces" / "pair-2.safetensors"
+    damaged.write_bytes(damaged.read_bytes()[:-1] + b"?")
+    merged(pico_llama, tmp_path / "out", how)
+    assert len(fits) == 3 + 2  # the first is taken as it is, the damaged and the last are made
+    for name in ("model.safetensors", "plan.json", "activations.safetensors", "similarity.png"):
+        assert (undisturbed / name).read_bytes() == (tmp_path / "out" / name).read_bytes(), name
+
+
 def test_input_is_not_touched(pico_llama, tmp_path):
     before = {p.name: p.read_bytes() for p in pico_llama.iterdir()}
     merged(pico_llama, tmp_path / "out", settings())
@@ -116,6 +142,13 @@ def test_activations_are_those_of_the_merged_model_on_the_probe_windows(pico_lla
         torch.testing.assert_close(kept.mean_square[name], value, rtol=1e-3, atol=1e-5)
 
 
+def same(trajectory: Trajectory, position: int) -> None:
+    """Replace two layers by the lower one."""
+    file = trajectory.folder / f"{position}.safetensors"
+    save_file(trajectory.weights(position), file)
+    trajectory.replace(position, file)
+
+
 def test_a_merge_runs_only_the_layers_after_it(pico_llama, tmp_path):
     trajectory = Trajectory(LayerRunner(Checkpoint.open(pico_llama)), torch.from_numpy(WINDOWS), tmp_path / "s")
     everything, nodes = slice(0, 8), torch.tensor([[0, 1], [3, 4]])
@@ -123,13 +156,13 @@ def test_a_merge_runs_only_the_layers_after_it(pico_llama, tmp_path):
     assert trajectory.layer_runs == 3
     trajectory.target(4, everything)
     assert trajectory.layer_runs == 5
-    trajectory.replace(3, trajectory.weights(3))
+    same(trajectory, 3)
     trajectory.nodes_after(4, nodes)
     assert trajectory.layer_runs == 5 + 2  # the new layer 3, and layer 5, now at 4
     trajectory.nodes_after(0, nodes)
     trajectory.before(4, everything)
     assert trajectory.layer_runs == 5 + 2
-    trajectory.replace(1, trajectory.weights(1))
+    same(trajectory, 1)
     trajectory.before(3, everything)
     assert trajectory.layer_runs == 5 + 2 + 2
 
@@ -138,26 +171,13 @@ def test_states_after_a_merge_are_those_of_the_merged_model(pico_llama, tmp_path
     runner = LayerRunner(Checkpoint.open(pico_llama))
     trajectory = Trajectory(runner, torch.from_numpy(WINDOWS), tmp_path / "s")
     before = trajectory.target(3, slice(0, 8)).clone()
-    trajectory.replace(2, trajectory.weights(2))
+    same(trajectory, 2)
     states = runner.embed(torch.from_numpy(WINDOWS))
     for index in (0, 1, 2, 4):
         states = runner.run_layer(index, runner.weights(index), states)
     torch.testing.assert_close(trajectory.before(4, slice(0, 8)), states, rtol=1e-5, atol=1e-5)
     # What later layers should see is still the original's.
     assert torch.equal(trajectory.target(2, slice(0, 8)), before)
-
-
-def test_normal_equations_find_the_weights_that_made_the_targets():
-    generator = torch.Generator().manual_seed(0)
-    rows, truth = torch.randn(5000, 12, generator=generator), torch.randn(3, 12, generator=generator)
-    normal = NormalEquations(12, 3, torch.device("cpu"))
-    for piece in rows.split(700):
-        normal.add(piece, piece @ truth.T)
-    torch.testing.assert_close(normal.solve(truth), truth, rtol=1e-4, atol=1e-4)
-    assert normal.unexplained(truth) < 1e-6
-    assert normal.unexplained(torch.zeros(3, 12)) == pytest.approx(1.0)
-    part = normal.subset(torch.tensor([1, 4]))
-    assert part.solve(truth[:, [1, 4]]).shape == (3, 2)
 
 
 @pytest.mark.parametrize(

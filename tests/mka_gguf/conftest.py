@@ -38,7 +38,10 @@ def convert_to(tmp_path: Path) -> Convert:
         out = tmp_path / f"out-{made}"
         out.mkdir()
         target = Target("pico", "a test", "gguf", precision, "llama.cpp", Limits(), Limits(), options=options)
-        return convert(Checkpoint.open(folder), target, out, activations=activations, progress=Progress(quiet=True))
+        pieces = tmp_path / f"pieces-{made}"
+        pieces.mkdir()
+        quiet = Progress(quiet=True)
+        return convert(Checkpoint.open(folder), target, out, pieces, activations=activations, progress=quiet)
 
     return run
 

@@ -237,7 +237,7 @@ def test_failed_quantization_leaves_nothing_behind(pico_llama, convert_to, tmp_p
     monkeypatch.setattr("mka_gguf.conversion.write", lambda _writer, path, *_: path.write_bytes(b"not a GGUF file"))
     with pytest.raises(ConversionError, match="llama.cpp cannot quantize to MOSTLY_Q4_K_M"):
         convert_to(pico_llama, "q4_k_m")
-    assert not list(tmp_path.rglob("unquantized.gguf"))
+    assert not [*tmp_path.glob("out-*/*"), *tmp_path.rglob("*.gguf")]
 
 
 def test_full_disk_is_a_plain_error(pico_llama, convert_to, monkeypatch):

@@ -1,0 +1,109 @@
+"""Least squares Y ≈ A Wᵀ with a pull towards weights that are known already, from rows that are streamed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mka_export.errors import MkaError
+
+RIDGE = 0.1
+FLOOR = 1e-6  # of the features' mean square, added to each one's: one that is always 0 keeps its weight
+Blocks = Callable[[], Iterator[tuple[Tensor, Tensor]]]  # of A (n, features) and Y (n, outputs), float32
+
+_COLUMNS = 2048  # of the Gram matrix that are added to at a time: only what lies below its diagonal is needed
+
+
+@dataclass(frozen=True)
+class Fit:
+    """What a regression found.
+
+    Attributes:
+        weights: W (outputs, features), float32.
+        root_mean_square: of each feature over the rows: (features,).
+        unexplained: ‖A Wᵀ − Y‖² / ‖Y‖², the share of the targets' energy that is left.
+    """
+
+    weights: Tensor
+    root_mean_square: Tensor
+    unexplained: float
+
+
+def ridge(blocks: Blocks, rows: int, prior: Tensor) -> Fit:
+    """Return the W that minimises ‖A Wᵀ − Y‖² + Σ_j λ_j ‖w_j − prior_j‖² with λ_j = RIDGE (AᵀA)_jj.
+
+    So what is held back is the change of each feature's contribution, whatever the feature's own scale.
+    The problem is solved in as many unknowns as there are rows or features, whichever is fewer: memory for two
+    matrices of that size, and for all of A where the rows are fewer, in float32. (Features scaled to the same
+    length have a Gram matrix whose eigenvalues, with RIDGE added, lie so close together that float32 will do.)
+
+    Args:
+        blocks: the rows of A and Y.
+        rows: how many there are.
+        prior: the known weights, (outputs, features).
+
+    Raises:
+        MkaError: the rows hold NaN or infinity.
+    """
+    return _in_rows(blocks, prior) if rows < prior.shape[1] else _in_features(blocks, rows, prior)
+
+
+def _in_features(blocks: Blocks, rows: int, prior: Tensor) -> Fit:
+    """(D⁻¹AᵀAD⁻¹ + RIDGE) D(W − prior)ᵀ = D⁻¹Aᵀ(Y − A priorᵀ), D² the diagonal of AᵀA."""
+    outputs, features = prior.shape
+    gram = torch.zeros(features, features, device=prior.device)
+    cross = torch.zeros(features, outputs, device=prior.device)
+    energy = before = 0.0
+    for a, y in blocks():
+        residual = y - a @ prior.T
+        for start in range(0, features, _COLUMNS):
+            part = slice(start, start + _COLUMNS)
+            gram[start:, part].addmm_(a[:, start:].T, a[:, part])
+        cross.addmm_(a.T, residual)
+        energy += _energy(y)
+        before += _energy(residual)
+    scale = _scale(gram.diagonal().clone())
+    gram.mul_(1 / scale).mul_(1 / scale[:, None])
+    gram.diagonal().add_(RIDGE)
+    cross.mul_(1 / scale[:, None])
+    change = _solve(gram, cross)
+    # ‖A Δᵀ − residual‖² by the equations that Δ solves.
+    left = before - float((change * cross).sum(dtype=torch.float64)) - RIDGE * _energy(change)
+    weights = prior + (change / scale[:, None]).T
+    return Fit(weights, scale / rows**0.5, max(0.0, left / energy))
+
+
+def _in_rows(blocks: Blocks, prior: Tensor) -> Fit:
+    """Δᵀ = D⁻²Aᵀ Z / RIDGE with (A D⁻² Aᵀ / RIDGE + 1) Z = Y − A priorᵀ; what is left of the residual is Z."""
+    pieces = list(blocks())
+    a, y = torch.cat([piece[0] for piece in pieces]), torch.cat([piece[1] for piece in pieces])
+    del pieces
+    rows = len(a)
+    residual = y - a @ prior.T
+    scale = _scale(a.square().sum(dim=0))
+    a /= scale * RIDGE**0.5
+    kernel = a @ a.T
+    kernel.diagonal().add_(1.0)
+    left = _solve(kernel, residual)
+    weights = prior + (a.T @ left / (scale[:, None] * RIDGE**0.5)).T
+    return Fit(weights, scale / rows**0.5, _energy(left) / _energy(y))
+
+
+def _scale(squares: Tensor) -> Tensor:
+    """The length of each column, kept off zero: (features,)."""
+    return (squares + FLOOR * squares.mean()).sqrt()
+
+
+def _energy(values: Tensor) -> float:
+    return float(values.square().sum(dtype=torch.float64))
+
+
+def _solve(matrix: Tensor, right: Tensor) -> Tensor:
+    """Solve for a positive definite matrix, of which the lower triangle is read."""
+    factor, failed = torch.linalg.cholesky_ex(matrix)
+    if int(failed) != 0 or not bool(torch.isfinite(right).all()):
+        raise MkaError("a least-squares fit met NaN or infinity", "The model is damaged or needs another precision.")
+    return torch.cholesky_solve(right, factor)
