@@ -21,7 +21,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from mka_export.errors import WorkspaceError
+from mka_export.errors import MkaError, WorkspaceError
 from mka_export.progress import Progress
 
 MANIFEST = "manifest.json"
@@ -107,7 +107,12 @@ class Workspace:
             start = time.monotonic()
             pieces = _pieces(final, inputs)
             with publish_folder(final) as folder:
-                make(folder, pieces)
+                try:
+                    make(folder, pieces)
+                except MkaError:
+                    if not any(pieces.glob("*.seal")):
+                        shutil.rmtree(pieces)
+                    raise
                 seconds = round(time.monotonic() - start, 2)
                 files = {str(p.relative_to(folder)): file_sha256(p) for p in sorted(folder.rglob("*")) if p.is_file()}
                 write_atomically(

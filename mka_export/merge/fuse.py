@@ -20,7 +20,7 @@ from mka_export.merge.trajectory import Trajectory
 Fused = dict[str, Tensor]
 METHODS: dict[str, Callable[[Trajectory, int, float], tuple[Fused, dict[str, float]]]] = {}
 
-SELECTION_TOKENS = 2048  # that decide which neurons stay
+SELECTION_TOKENS = 8192  # that decide which neurons stay; 2 048 make SmolLM2 at 24 layers 2 % worse
 FIT_TOKENS = 512  # whose neurons are in memory at a time: 59 MB for the 28 672 of two layers of an 8B model
 
 

@@ -20,7 +20,7 @@ from mka_export.merge.heatmap import draw_heatmaps
 from mka_export.merge.plan import Plan, Step
 from mka_export.merge.similarity import Cells, cells, npib, similarity_matrix
 from mka_export.merge.trajectory import Trajectory
-from mka_export.models.checkpoint import CONFIG, Checkpoint, CheckpointWriter, copy_tokenizer
+from mka_export.models.checkpoint import CONFIG, Checkpoint, CheckpointWriter, copy_tokenizer, require_finite
 from mka_export.models.runner import LayerRunner
 from mka_export.progress import Progress, Task
 from mka_export.workspace import publish_file, seal, sealed, write_json
@@ -90,6 +90,9 @@ def merge_stage(
     """
     checkpoint = runner.checkpoint
     ids = torch.from_numpy(windows)
+    for name in checkpoint.shards:  # those of the layers are checked when they first run; hours may lie between
+        if checkpoint.architecture.split(name)[0] is None:
+            require_finite(name, checkpoint.tensor(name))
     for left in pieces.glob(f"{STATES}*"):  # of a run that was killed
         shutil.rmtree(left)
     with tempfile.TemporaryDirectory(prefix=STATES, dir=pieces) as folder:

@@ -209,8 +209,7 @@ class CheckpointWriter:
         Raises:
             CheckpointError: it holds NaN or infinity.
         """
-        if not bool(torch.stack(tensor.aminmax()).isfinite().all()):  # NaN comes through; far faster than isfinite
-            raise CheckpointError(f"tensor {name} holds NaN or infinity", "The model is damaged: fetch it again.")
+        require_finite(name, tensor)
         if self._pending and self._pending_bytes + tensor.nbytes > self.shard_bytes:
             self._flush()
         self._pending[name] = tensor.detach().contiguous()
@@ -240,6 +239,16 @@ class CheckpointWriter:
             weight_map |= dict.fromkeys(names, final)
         index = {"metadata": {"total_size": self._total}, "weight_map": weight_map}
         write_json(self.folder / INDEX, index)
+
+
+def require_finite(name: str, tensor: Tensor) -> None:
+    """Check the numbers of the tensor called ``name``.
+
+    Raises:
+        CheckpointError: it holds NaN or infinity.
+    """
+    if not bool(torch.stack(tensor.aminmax()).isfinite().all()):  # NaN comes through; far faster than isfinite
+        raise CheckpointError(f"tensor {name} holds NaN or infinity", "The model is damaged: fetch it again.")
 
 
 def copy_tokenizer(source: Path, folder: Path) -> None:

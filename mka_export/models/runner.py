@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from mka_export.errors import MkaError, UsageError
-from mka_export.models.checkpoint import Checkpoint
+from mka_export.errors import CheckpointError, MkaError, UsageError
+from mka_export.models.checkpoint import CONFIG, Checkpoint, require_finite
 from mka_export.progress import Progress
 
 Weights = Mapping[str, Tensor]  # name inside the layer -> tensor, as the layer computes with it
@@ -36,6 +36,7 @@ class LayerRunner:
         device: ``cpu``, ``cuda``, ``cuda:1`` ... or ``auto``.
 
     Raises:
+        CheckpointError: a tensor has not the shape that follows from the config.
         UsageError: the device is not there.
     """
 
@@ -49,6 +50,7 @@ class LayerRunner:
         with init_empty_weights(include_buffers=False):
             model: nn.Module = AutoModelForCausalLM.from_config(config, trust_remote_code=False)  # type: ignore[no-untyped-call]
             self._model = model.eval().float()
+        _check_shapes(checkpoint, self._model)
         architecture = checkpoint.architecture
         self._layers = self._model.get_submodule(architecture.layers)
         self._parent, _, self._layers_name = architecture.layers.rpartition(".")
@@ -61,8 +63,15 @@ class LayerRunner:
         return layer
 
     def weights(self, index: int, *names: str) -> dict[str, Tensor]:
-        """Read weights of layer ``index`` into float32 on the device: those called ``names``, or all."""
-        return {name: t.to(self.device, torch.float32) for name, t in self.checkpoint.layer(index, *names).items()}
+        """Read weights of layer ``index`` into float32 on the device: those called ``names``, or all.
+
+        Raises:
+            CheckpointError: one is damaged, or holds NaN or infinity.
+        """
+        stored = self.checkpoint.layer(index, *names)
+        for name, tensor in stored.items():
+            require_finite(self.checkpoint.architecture.layer_name(index, name), tensor)
+        return {name: tensor.to(self.device, torch.float32) for name, tensor in stored.items()}
 
     def embed(self, ids: Tensor) -> Tensor:
         """Return the states before the first layer: ids (N, T) -> (N, T, hidden) float32.
@@ -70,7 +79,9 @@ class LayerRunner:
         Only the rows that occur are read.
         """
         unique, inverse = torch.unique(ids, return_inverse=True)
-        rows = self.checkpoint.rows(self.checkpoint.architecture.tensors["embedding"], unique)
+        name = self.checkpoint.architecture.tensors["embedding"]
+        rows = self.checkpoint.rows(name, unique)
+        require_finite(name, rows)
         return rows.to(self.device, torch.float32)[inverse.to(self.device)]
 
     @torch.no_grad()
@@ -170,6 +181,15 @@ class LayerRunner:
                 setattr(parent, norm_name, self._norm)
             self._keywords = {tokens: [recorder.keywords for recorder in recorders]}  # one shape at a time
         return self._keywords[tokens]
+
+
+def _check_shapes(checkpoint: Checkpoint, model: nn.Module) -> None:
+    for name, expected in model.state_dict().items():
+        if name in checkpoint.shards and (shape := checkpoint.shape(name)) != tuple(expected.shape):
+            raise CheckpointError(
+                f"tensor {name} in {checkpoint.path} is {list(shape)}, by {CONFIG} it should be {list(expected.shape)}",
+                "Use the config that belongs to the weights.",
+            )
 
 
 class _Recorder(nn.Module):

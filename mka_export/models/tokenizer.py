@@ -7,6 +7,7 @@ from pathlib import Path
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from mka_export.errors import CheckpointError
+from mka_export.models.checkpoint import Checkpoint
 
 
 def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
@@ -26,6 +27,20 @@ def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
         ) from error
     assert isinstance(tokenizer, PreTrainedTokenizerBase)
     return tokenizer
+
+
+def require_rows(tokenizer: PreTrainedTokenizerBase, checkpoint: Checkpoint) -> None:
+    """Check that every token has a row in the embedding; rows without a token are padding.
+
+    Raises:
+        CheckpointError: some have none.
+    """
+    largest = max(tokenizer.get_vocab().values(), default=0)
+    if largest >= checkpoint.vocab_size:
+        raise CheckpointError(
+            f"the tokenizer in {checkpoint.path} has ids up to {largest}, the embedding {checkpoint.vocab_size} rows",
+            "Use the tokenizer that belongs to the model.",
+        )
 
 
 def text_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:

@@ -14,7 +14,6 @@ from mka_export.merge.plan import Plan, read_plan
 from mka_export.merge.stage import ACTIVATIONS, PLAN, Settings, layers_to_remove, merge_stage
 from mka_export.models.activations import Activations, calibrate
 from mka_export.models.checkpoint import Checkpoint, read_json
-from mka_export.models.runner import LayerRunner
 from mka_export.options import DeviceOptions, MergeOptions, OutputOptions, TextOptions
 from mka_export.parity.verdict import judge
 from mka_export.pipeline.job import PACKAGES, Job, stem, versions
@@ -62,9 +61,8 @@ class Export(Job):
         }
 
         def make(folder: Path, pieces: Path) -> None:
-            runner = LayerRunner(self.original, self.device.device)
             calibration = self.calibration
-            merge_stage(runner, calibration.ids, calibration.describe(), settings, folder, pieces, self.progress)
+            merge_stage(self.runner, calibration.ids, calibration.describe(), settings, folder, pieces, self.progress)
 
         stage = self.workspace.stage(MERGED, inputs, make)
         plan = read_json(stage.path / PLAN)
@@ -159,9 +157,8 @@ class Export(Job):
             return Activations.load(checkpoint.path / ACTIVATIONS)
 
         def make(folder: Path, pieces: Path) -> None:
-            runner = LayerRunner(checkpoint, self.device.device)
             ids = torch.from_numpy(self.calibration.ids)
-            calibrate(runner, ids, self.calibration.sha256, self.progress).save(folder / ACTIVATIONS)
+            calibrate(self.runner, ids, self.calibration.sha256, self.progress).save(folder / ACTIVATIONS)
 
         inputs = {**self._inputs(checkpoint), "calibration": self.calibration.sha256}
         return Activations.load(self.workspace.stage(CALIBRATION, inputs, make).path / ACTIVATIONS)

@@ -17,10 +17,10 @@ from rich.console import Console
 from mka_export.errors import RuntimeFailure, UsageError
 from mka_export.inputs import CALIBRATION_WINDOW, Windows, read_texts, windows_of
 from mka_export.models.checkpoint import Checkpoint
-from mka_export.models.runner import pick_device
+from mka_export.models.runner import LayerRunner, pick_device
 from mka_export.models.sources import cache_folder, fetch, resolve
 from mka_export.models.text import sample_prompts, tokenizer_corpus, tokenizer_oddities
-from mka_export.models.tokenizer import leading_id, load_tokenizer, text_ids
+from mka_export.models.tokenizer import leading_id, load_tokenizer, require_rows, text_ids
 from mka_export.options import DeviceOptions, OutputOptions, TextOptions
 from mka_export.parity.comparison import measure
 from mka_export.parity.runtimes import Runtime, open_runtime
@@ -78,7 +78,9 @@ class Job:
         fetched = fetch(self.source, cache_folder(), self.progress)
         self.provenance = fetched.provenance
         self.original = Checkpoint.open(fetched.path)
+        self.runner = LayerRunner(self.original, self.device.device)
         tokenizer = load_tokenizer(fetched.path)
+        require_rows(tokenizer, self.original)
         leading = leading_id(tokenizer)
         self.evaluation = windows_of(self._text.evaluation, tokenizer, self.texts.windows, self.texts.window_tokens)
         self.prompts = [([] if leading is None else [leading]) + text_ids(tokenizer, p) for p in sample_prompts()]

@@ -1,0 +1,22 @@
+"""What the tests of faults share: how a command is typed, and what is small enough for a test."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from click.testing import CliRunner, Result
+
+from mka_export.cli import main
+
+SMALL = ["--windows", "4", "--window-tokens", "64", "--calibration-tokens", "1024", "--device", "cpu"]
+LOOSE = ["--max-ppl-ratio", "50", "--conversion-max-mean-kl", "5", "--conversion-max-ppl-ratio", "50"]
+DONE = (0, 4)  # so little text may leave the verdict open
+MERGE = ["--ratio", "0.2", "--protect", "1"]
+
+
+def type_in(*arguments: object) -> Result:
+    return CliRunner().invoke(main, [str(a) for a in arguments])
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
