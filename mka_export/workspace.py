@@ -184,6 +184,9 @@ def publish_folder(final: Path) -> Iterator[Path]:
         else:
             making.rename(final)
         _sync(final.parent)
+    except OSError as error:
+        _name(error, final)
+        raise
     finally:
         shutil.rmtree(making, ignore_errors=True)
 
@@ -196,6 +199,9 @@ def publish_file(final: Path) -> Iterator[Path]:
         yield writing
         _sync(writing)
         writing.replace(final)
+    except OSError as error:
+        _name(error, final)
+        raise
     finally:
         writing.unlink(missing_ok=True)
 
@@ -282,6 +288,12 @@ def _format(manifest: Path) -> str | None:
     except (OSError, ValueError):
         return None
     return data.get("format") if isinstance(data, dict) else None
+
+
+def _name(error: OSError, path: Path) -> None:
+    """Give an error of writing the file name that the system leaves out when the disk is full."""
+    if error.errno is not None and error.filename is None:
+        error.filename = str(path)
 
 
 def _sync(path: Path) -> None:

@@ -148,26 +148,6 @@ def test_second_run_repeats_nothing_and_changes_no_byte(done, model):
     assert all(stage["reused"] for stage in json.loads(after["report.json"])["stages"])
 
 
-def test_flipped_byte_in_a_stage_is_found_and_the_stage_made_again(done, model, tmp_path):
-    out = Path(shutil.copytree(done[0], tmp_path / "out"))
-    weights = out / "merged" / "model.safetensors"
-    good = weights.read_bytes()
-    weights.write_bytes(good[:-1] + bytes([good[-1] ^ 1]))
-    result = type_in("merge", model, *MERGE, "--out", out, *[a for a in SMALL if a != "--quiet"])
-    assert result.exit_code == 0
-    assert "made again, because model.safetensors is not as it was made" in result.stderr
-    assert weights.read_bytes() == good
-
-
-def test_changed_settings_make_the_stage_again_and_say_so(done, model, tmp_path):
-    out = Path(shutil.copytree(done[0], tmp_path / "out"))
-    result = type_in(
-        "merge", model, "--ratio", "0.2", "--protect", "1", "--out", out, *[a for a in SMALL if a != "--quiet"]
-    )
-    assert "made again, because these changed: merge" in result.stderr
-    assert json.loads((out / "merged" / "config.json").read_text())["num_hidden_layers"] == 5
-
-
 def test_plan_replays_to_the_same_checkpoint(done, model, tmp_path):
     result = type_in("merge", model, "--plan", done[0] / "merged" / "plan.json", "--out", tmp_path / "again", *SMALL)
     assert result.exit_code == 0, result.output
@@ -198,61 +178,6 @@ def test_convert_and_check_work_without_merging(model, tmp_path):
     (target,) = json.loads(checked.stdout)["targets"]
     assert target["comparisons"]["compression"]["kl"]["mean"] < 0.001
     assert "conversion" not in target["comparisons"]
-
-
-BAD = [
-    (["{model}", "--to", "gguf-q4"], 2, "give either --ratio or --plan"),
-    (["{model}", "--ratio", "0.2"], 2, "no --to"),
-    (["{model}", "--ratio", "0", "--to", "gguf-q4"], 2, "between 0 and 1"),
-    (["{model}", "--ratio", "nan", "--to", "gguf-q4"], 2, "between 0 and 1"),
-    (["{model}", "--ratio", "0.9", "--to", "gguf-q4"], 2, "at most 1 can go"),
-    (["{model}", "--ratio", "0.2", "--to", "gguf-q44"], 2, "did you mean gguf-q4?"),
-    (["{model}", "--ratio", "0.2", "--to", "gguf-q4", "--to", "gguf-q4"], 2, "twice"),
-    (["{model}", "--ratio", "0.2", "--to", "gguf-q4", "--method", "mka-papr"], 2, "did you mean mka-paper?"),
-    (["{model}", "--ratio", "0.2", "--to", "gguf-q4", "--alpha", "0.5"], 2, "--alpha is for --method mka-paper"),
-    (["{model}", "--ratio", "0.2", "--to", "gguf-q4", "--device", "tpu"], 2, "unknown --device"),
-    (["{model}", "--ratio", "0.2", "--to", "gguf-q4", "--device", "cuda"], 2, "CUDA"),
-    (["{model}", "--ratio", "0.2", "--to", "gguf-q4", "--out", "{model}/out"], 2, "inside the model"),
-    (["{model}", "--plan", "{model}/config.json", "--to", "gguf-q4"], 2, "not a merge plan"),
-    (["{model}", "--ratio", "0.2", "--to", "gguf-q4", "--calibration", "{nowhere}"], 1, "cannot read"),
-    (["{model}", "--ratio", "0.2", "--to", "gguf-q4", "--text", "{text}", "--calibration", "{text}"], 2, "share"),
-    (["llama3-8bb", "--ratio", "0.2", "--to", "gguf-q4"], 2, "did you mean llama3-8b?"),
-    (["{pickle}", "--ratio", "0.2", "--to", "gguf-q4"], 1, "only pickled weights"),
-    (["{alien}", "--ratio", "0.2", "--to", "gguf-q4"], 1, "unknown model class 'Lama4ForCausalLM'"),
-    (["check", "{text}", "--against", "{model}"], 2, "no .gguf file"),
-]
-
-
-@pytest.mark.parametrize(("arguments", "code", "message"), BAD, ids=[" ".join(b[0][1:]) for b in BAD])
-def test_bad_input_gets_one_line(arguments, code, message, model, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    pickle, alien, text = tmp_path / "pickle", tmp_path / "alien", tmp_path / "text.txt"
-    for folder in (pickle, alien):
-        folder.mkdir()
-        shutil.copy(model / "config.json", folder)
-    (pickle / "pytorch_model.bin").write_bytes(b"\x80\x04")
-    config = json.loads((alien / "config.json").read_text()) | {"architectures": ["Lama4ForCausalLM"]}
-    (alien / "config.json").write_text(json.dumps(config))
-    text.write_text(
-        "A sentence with rather more than thirteen words in it, so that an overlap of runs is found. " * 400
-    )
-    names = {"model": model, "nowhere": tmp_path / "nowhere", "pickle": pickle, "alien": alien, "text": text}
-    result = type_in(*[a.format(**names) for a in arguments])
-    assert result.exit_code == code, result.output
-    line = result.stderr.strip().splitlines()[-1]
-    assert line.startswith("mka-export: ")
-    assert message in line
-    assert "Traceback" not in result.output
-    assert result.stdout == ""
-    assert not list(tmp_path.rglob("*.gguf"))
-
-
-def test_someone_elses_files_are_left_alone(model, tmp_path):
-    (tmp_path / "thesis.txt").write_text("years of work")
-    result = type_in(model, *MERGE, "--to", "gguf-q4", "--out", tmp_path, *SMALL)
-    assert result.exit_code == 1
-    assert "thesis.txt" in result.stderr
-    assert files_of(tmp_path) == {"thesis.txt": b"years of work"}
 
 
 def test_help_loads_nothing_heavy():

@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from safetensors.torch import save_file
 
 from mka_export.errors import UsageError
 from mka_export.merge.fuse import METHODS
@@ -20,7 +19,14 @@ from mka_export.merge.heatmap import draw_heatmaps
 from mka_export.merge.plan import Plan, Step
 from mka_export.merge.similarity import Cells, cells, npib, similarity_matrix
 from mka_export.merge.trajectory import Trajectory
-from mka_export.models.checkpoint import CONFIG, Checkpoint, CheckpointWriter, copy_tokenizer, require_finite
+from mka_export.models.checkpoint import (
+    CONFIG,
+    Checkpoint,
+    CheckpointWriter,
+    copy_tokenizer,
+    require_finite,
+    save_tensors,
+)
 from mka_export.models.runner import LayerRunner
 from mka_export.progress import Progress, Task
 from mka_export.workspace import publish_file, seal, sealed, write_json
@@ -152,7 +158,7 @@ class _Piece:
     def keep(self, weights: Mapping[str, torch.Tensor], figures: dict[str, float]) -> dict[str, float]:
         """Write it; returns ``figures``."""
         with publish_file(self.weights) as writing:
-            save_file({name: t.cpu().contiguous() for name, t in weights.items()}, writing)
+            save_tensors(weights, writing)
         seal(self.weights, {"steps": self._steps, "figures": figures})
         return figures
 

@@ -32,4 +32,4 @@ class StatesFile:
         """Write ``states`` (n, features) from row ``first`` on."""
         with self.path.open("r+b" if self.path.exists() else "wb") as f:
             f.seek(first * self.features * 4)
-            states.cpu().contiguous().numpy().tofile(f)
+            f.write(states.cpu().contiguous().numpy().data)  # numpy's tofile does not say that the disk is full

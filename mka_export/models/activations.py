@@ -9,10 +9,9 @@ from pathlib import Path
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from mka_export.models.checkpoint import Checkpoint
+from mka_export.models.checkpoint import Checkpoint, save_tensors
 from mka_export.models.runner import LayerRunner
 from mka_export.progress import Progress
 
@@ -36,7 +35,7 @@ class Activations:
         """Write to a safetensors file."""
         # One key: safetensors writes several in an order that changes from run to run.
         metadata = {"calibration": json.dumps({"tokens": self.tokens, "sha256": self.calibration})}
-        save_file({name: t.contiguous() for name, t in self.mean_square.items()}, path, metadata=metadata)
+        save_tensors(self.mean_square, path, metadata)
 
     @classmethod
     def load(cls, path: Path) -> Activations:

@@ -21,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from mka_export.errors import CheckpointError, UnsupportedError
+from mka_export.errors import CheckpointError, UnsupportedError, WorkspaceError
 from mka_export.models.architecture import Architecture, architecture_of
 from mka_export.workspace import file_sha256, write_json
 
@@ -212,12 +212,12 @@ class CheckpointWriter:
         require_finite(name, tensor)
         if self._pending and self._pending_bytes + tensor.nbytes > self.shard_bytes:
             self._flush()
-        self._pending[name] = tensor.detach().contiguous()
+        self._pending[name] = tensor
         self._pending_bytes += tensor.nbytes
         self._total += tensor.nbytes
 
     def _flush(self) -> None:
-        save_file(self._pending, self.folder / f"shard-{len(self._names):05d}", metadata={"format": "pt"})
+        save_tensors(self._pending, self.folder / f"shard-{len(self._names):05d}", {"format": "pt"})
         self._names.append(list(self._pending))
         self._pending, self._pending_bytes = {}, 0
 
@@ -239,6 +239,18 @@ class CheckpointWriter:
             weight_map |= dict.fromkeys(names, final)
         index = {"metadata": {"total_size": self._total}, "weight_map": weight_map}
         write_json(self.folder / INDEX, index)
+
+
+def save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
+    """Write a safetensors file.
+
+    Raises:
+        WorkspaceError: it cannot be written, for example because the disk is full.
+    """
+    try:
+        save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, path, metadata=metadata)
+    except SafetensorError as error:
+        raise WorkspaceError(f"cannot write {path}: {error}", "Make room, and run the command again.") from error
 
 
 def require_finite(name: str, tensor: Tensor) -> None:

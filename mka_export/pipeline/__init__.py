@@ -30,9 +30,8 @@ def run(
     """Merge a model, make every target from it, and measure each against the original; returns the exit code."""
     check_merge(merge)
     targets = load_targets(convert, limits)
-    with Export(model, texts, device, output, "mka") as export:
-        merged = export.merge(merge)
-        return export.finish([export.export(merged, target) for target in targets], merged=True)
+    with Export(model, targets, texts, device, output, "mka") as export:
+        return export.export(export.merge(merge))
 
 
 def merge_only(
@@ -40,7 +39,7 @@ def merge_only(
 ) -> Path:
     """Merge a model and stop there; returns the folder of the merged checkpoint."""
     check_merge(merge)
-    with Export(model, texts, device, output, "mka") as export:
+    with Export(model, [], texts, device, output, "mka") as export:
         merged = export.merge(merge)
         export.write_manifest()
         return merged.path
@@ -56,8 +55,8 @@ def convert_only(
 ) -> int:
     """Make every target from a model as it is, and measure each against it; returns the exit code."""
     targets = load_targets(convert, limits)
-    with Export(model, texts, device, output, "export") as export:
-        return export.finish([export.export(export.original, target) for target in targets], merged=False)
+    with Export(model, targets, texts, device, output, "export") as export:
+        return export.export(export.original)
 
 
 def check(

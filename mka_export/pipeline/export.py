@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from mka_export.errors import ConversionError, UnsupportedError, UsageError
+from mka_export.errors import ConversionError, UsageError
 from mka_export.merge.plan import Plan, read_plan
 from mka_export.merge.stage import ACTIVATIONS, PLAN, Settings, layers_to_remove, merge_stage
 from mka_export.models.activations import Activations, calibrate
@@ -29,23 +30,47 @@ class Export(Job):
     """A job with an output folder: merge and convert, stage by stage.
 
     Use as a context manager: the folder is locked, and the model fetched, inside.
+
+    Args:
+        targets: what to make.
+        suffix: of the output folder's name, after the model's, where ``--out`` is not given.
+
+    Raises:
+        UsageError: besides what ``Job`` checks, a target is not for the model's family.
     """
 
     def __init__(
-        self, model: str, texts: TextOptions, device: DeviceOptions, output: OutputOptions, suffix: str
+        self,
+        model: str,
+        targets: Sequence[Target],
+        texts: TextOptions,
+        device: DeviceOptions,
+        output: OutputOptions,
+        suffix: str,
     ) -> None:
         super().__init__(model, texts, device, output, f"{stem(model)}-{suffix}")
+        self.targets = targets
+        self._merge_report: dict[str, Any] | None = None
 
     def __enter__(self) -> Export:
         assert self.out is not None
         with ExitStack() as stack:
             self.workspace = stack.enter_context(Workspace(self.out, self.progress))
             self.open()
+            self._check_families()
             self._exit = stack.pop_all()
         return self
 
     def __exit__(self, *error: Any) -> None:
         self._exit.__exit__(*error)
+
+    def _check_families(self) -> None:
+        family = self.original.architecture.name
+        for target in self.targets:
+            if target.families and family not in target.families:
+                raise UsageError(
+                    f"target {target.name} is for {', '.join(target.families)}, not {family}", "Choose another --to."
+                )
 
     def merge(self, options: MergeOptions) -> Checkpoint:
         """Publish the merged checkpoint, with its plan, heat map and activations.
@@ -97,12 +122,15 @@ class Export(Job):
             )
         return plan
 
-    def export(self, checkpoint: Checkpoint, target: Target) -> dict[str, Any]:
-        """Publish the artifact for a target, measure it, and return the report's entry for it."""
-        if target.families and checkpoint.architecture.name not in target.families:
-            raise UnsupportedError(
-                f"target {target.name} is for {', '.join(target.families)}, not {checkpoint.architecture.name}"
-            )
+    def export(self, checkpoint: Checkpoint) -> int:
+        """Make and measure every target, write report and manifest, print the report; returns the exit code."""
+        targets = [self._target(checkpoint, target) for target in self.targets]
+        report = self.report(self._merge_report, targets, self.workspace.stages)
+        report = write_report(report, self.workspace.path / REPORT)
+        self.write_manifest()
+        return self.show(report)
+
+    def _target(self, checkpoint: Checkpoint, target: Target) -> dict[str, Any]:
         merged = checkpoint is not self.original
         name = stem(self.source.name) + (f"-{checkpoint.num_layers}L" if merged else "")
         target = dataclasses.replace(target, options={"file_stem": name, **target.options})
@@ -165,13 +193,6 @@ class Export(Job):
 
     def _inputs(self, checkpoint: Checkpoint) -> dict[str, Any]:
         return {"model": checkpoint.fingerprint, "versions": versions(*PACKAGES)}
-
-    def finish(self, targets: list[dict[str, Any]], *, merged: bool) -> int:
-        """Write report and manifest, print the report, and return the exit code."""
-        report = self.report(self._merge_report if merged else None, targets, self.workspace.stages)
-        report = write_report(report, self.workspace.path / REPORT)
-        self.write_manifest()
-        return self.show(report)
 
     def write_manifest(self) -> None:
         """Record what was made from what."""
