@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import llama_cpp
@@ -21,7 +18,7 @@ from transformers import AutoModelForCausalLM
 
 from mka_export.cli import main
 
-SMALL = ["--windows", "6", "--window-tokens", "64", "--calibration-tokens", "2048", "--device", "cpu", "--quiet"]
+SMALL = ["--windows", "6", "--window-tokens", "64", "--calibration-tokens", "1024", "--device", "cpu", "--quiet"]
 MERGE = ["--ratio", "0.3", "--protect", "1"]
 
 
@@ -188,21 +185,6 @@ def test_help_loads_nothing_heavy():
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert out.stdout.strip() == "[]"
-
-
-def test_interrupt_leaves_nothing_half_done_and_says_how_to_go_on(model, tmp_path):
-    out = tmp_path / "out"
-    command = [sys.executable, "-c", "from mka_export.cli import main; main()", str(model), *MERGE, "--to", "gguf-q4"]
-    process = subprocess.Popen([*command, "--out", str(out), *SMALL], stderr=subprocess.PIPE, text=True, env=os.environ)
-    deadline = time.monotonic() + 120
-    while not (out / ".merged.making").exists() and process.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.05)
-    process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=60)
-    assert process.returncode == 130
-    assert "to go on: mka-export" in errors
-    assert "Traceback" not in errors
-    assert {p.name for p in out.iterdir()} <= {".lock", "manifest.json", ".merged.pieces"}
 
 
 def test_lists():

@@ -5,7 +5,6 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 from scipy.linalg import eigh
-from sklearn.metrics.pairwise import euclidean_distances
 
 Array = NDArray[np.float64]
 
@@ -15,6 +14,8 @@ def gaussian_kernel(points: Array) -> Array:
 
     The median makes the kernel free of scale: activation norms grow by orders of magnitude with depth.
     """
+    from sklearn.metrics.pairwise import euclidean_distances  # seconds, which bad input need not wait for
+
     distances = euclidean_distances(points)
     sigma = float(np.median(distances[np.triu_indices_from(distances, k=1)]))
     if sigma == 0.0:  # more than half of the points coincide: only those are alike

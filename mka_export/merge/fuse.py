@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
-from transformers.activations import ACT2FN
 
 from mka_export.errors import UnsupportedError
 from mka_export.merge.ridge import ridge
@@ -113,6 +112,8 @@ class _Tokens:
     """What the MLP of a pair's lower layer reads, and what it should add, for every calibration token, on disk."""
 
     def __init__(self, trajectory: Trajectory, position: int, attention: list[str]) -> None:
+        from transformers.activations import ACT2FN  # seconds, which bad input need not wait for
+
         runner, checkpoint = trajectory.runner, trajectory.runner.checkpoint
         self.device, self.count = runner.device, trajectory.ids.numel()
         self._activation = ACT2FN[checkpoint.config["hidden_act"]]

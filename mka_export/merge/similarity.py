@@ -13,7 +13,6 @@ from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
-from sklearn.cluster import KMeans
 from threadpoolctl import threadpool_limits
 
 from mka_export.merge.diffusion import diffusion_map
@@ -27,6 +26,8 @@ PARTITIONS = 4
 
 def cells(states: NDArray[np.float64]) -> Cells:
     """Return the cell of each graph node in its layer's diffusion map: (nodes, hidden) -> (partitions, nodes)."""
+    from sklearn.cluster import KMeans  # seconds, which bad input need not wait for
+
     # One thread: the work is small, and the result does not depend on how many there are.
     with threadpool_limits(1):
         embedding = diffusion_map(states, DIMENSIONS)

@@ -8,7 +8,7 @@ from click.testing import CliRunner, Result
 
 from mka_export.cli import main
 
-SMALL = ["--windows", "4", "--window-tokens", "64", "--calibration-tokens", "1024", "--device", "cpu"]
+SMALL = ["--windows", "4", "--window-tokens", "64", "--calibration-tokens", "512", "--device", "cpu"]
 LOOSE = ["--max-ppl-ratio", "50", "--conversion-max-mean-kl", "5", "--conversion-max-ppl-ratio", "50"]
 DONE = (0, 4)  # so little text may leave the verdict open
 MERGE = ["--ratio", "0.2", "--protect", "1"]
