@@ -11,7 +11,7 @@ import click
 from click_default_group import DefaultGroup
 
 from mka_export import __version__
-from mka_export.errors import MkaError
+from mka_export.errors import MkaError, out_of_memory
 from mka_export.interrupt import obeyed
 from mka_export.options import (
     ConvertOptions,
@@ -40,6 +40,11 @@ class Group(DefaultGroup):  # type: ignore[misc]  # the package has no types
         except OSError as error:  # a full disk, a folder that cannot be written
             where = f": {error.filename}" if error.filename else ""
             click.echo(f"mka-export: {error.strerror or error}{where}", err=True)
+            sys.exit(1)
+        except Exception as error:
+            if not out_of_memory(error):
+                raise
+            click.echo("mka-export: out of memory. Close other programs, or use a machine with more.", err=True)
             sys.exit(1)
 
 

@@ -56,6 +56,15 @@ class RuntimeFailure(MkaError):
     """A runtime that could not load or run an artifact."""
 
 
+def out_of_memory(error: BaseException) -> bool:
+    """Tell whether an error of Python or torch says that memory ran out."""
+    return (
+        isinstance(error, MemoryError)
+        or type(error).__name__ == "OutOfMemoryError"  # torch's, which is not imported for this
+        or (isinstance(error, RuntimeError) and "allocate memory" in str(error))  # torch's on the CPU
+    )
+
+
 def unknown_name(kind: str, name: str, known: Iterable[str]) -> str:
     """Say that ``name`` is no known ``kind``, with the nearest spelling and the list of known names."""
     names = sorted(known)

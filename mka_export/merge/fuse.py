@@ -15,6 +15,7 @@ from mka_export.errors import UnsupportedError
 from mka_export.merge.ridge import ridge
 from mka_export.merge.states import StatesFile
 from mka_export.merge.trajectory import Trajectory
+from mka_export.models.runner import check_finite
 
 Fused = dict[str, Tensor]
 METHODS: dict[str, Callable[[Trajectory, int, float], tuple[Fused, dict[str, float]]]] = {}
@@ -131,6 +132,7 @@ class _Tokens:
         kind, first = trajectory.layers[position].first, 0
         for batch in trajectory.batches():
             stream, inputs = runner.before_mlp(kind, weights, trajectory.before(position, batch))
+            check_finite(stream, f"layer {kind}, merged", trajectory.windows[batch])
             original = trajectory.target(position + 1, batch)
             # Every later layer normalises its input, so errors count relative to the token's own stream. (Some
             # tokens, the first above all, have one hundreds of times larger, and would decide the fit.)

@@ -27,7 +27,7 @@ from mka_export.models.checkpoint import (
     require_finite,
     save_tensors,
 )
-from mka_export.models.runner import LayerRunner
+from mka_export.models.runner import LayerRunner, on_finite_windows
 from mka_export.progress import Progress, Task
 from mka_export.workspace import publish_file, seal, sealed, write_json
 
@@ -93,21 +93,42 @@ def merge_stage(
         calibration: where they are from, for the plan; ``sha256`` among it.
         settings: how to choose, or a plan to replay.
         pieces: where finished pairs are kept, and taken from if an earlier run with the same inputs was killed.
+
+    Raises:
+        UsageError: there are not as many pairs as are to be merged.
+        MkaError: the model is damaged, or too much of the text turns NaN or infinite in it.
     """
     checkpoint = runner.checkpoint
-    ids = torch.from_numpy(windows)
     for name in checkpoint.shards:  # those of the layers are checked when they first run; hours may lie between
         if checkpoint.architecture.split(name)[0] is None:
             require_finite(name, checkpoint.tensor(name))
     for left in pieces.glob(f"{STATES}*"):  # of a run that was killed
         shutil.rmtree(left)
+
+    def work(ids: torch.Tensor) -> None:
+        about = {**calibration, "tokens": ids.numel(), "left_out": len(windows) - len(ids)}
+        _merge(runner, ids, about, settings, out, pieces, progress)
+
+    on_finite_windows(torch.from_numpy(windows), work, progress)
+
+
+def _merge(
+    runner: LayerRunner,
+    ids: torch.Tensor,
+    calibration: Mapping[str, Any],
+    settings: Settings | Plan,
+    out: Path,
+    pieces: Path,
+    progress: Progress,
+) -> None:
+    checkpoint = runner.checkpoint
     with tempfile.TemporaryDirectory(prefix=STATES, dir=pieces) as folder:
         # All windows take part in a fit, and run only to the layers that are fitted; a few of them are
         # enough for the graph of the similarity, and run to the top after every merge.
         trajectory = Trajectory(runner, ids, Path(folder) / "all")
         probe = trajectory
         if len(ids) > PROBE_WINDOWS:
-            probe = Trajectory(runner, ids[:: len(ids) // PROBE_WINDOWS], Path(folder) / "probe")
+            probe = Trajectory(runner, ids, Path(folder) / "probe", every=len(ids) // PROBE_WINDOWS)
         view = _Similarities(probe)
         with progress.task("similarity of the layers", checkpoint.num_layers) as task:
             before = view.matrix(task)
@@ -117,7 +138,7 @@ def merge_stage(
         with progress.task(f"merging {total} times ({settings.method})", total) as task:
             for position, similarity, alpha in choices:
                 lower, upper = trajectory.layers[position].span, trajectory.layers[position + 1].span
-                piece = _Piece(pieces, [*steps, Step(lower, upper, similarity, alpha)])
+                piece = _Piece(pieces, len(ids), [*steps, Step(lower, upper, similarity, alpha)])
                 figures = piece.figures()
                 if figures is None:
                     figures = piece.keep(*METHODS[settings.method](trajectory, position, alpha))
@@ -144,22 +165,22 @@ def merge_stage(
 
 
 class _Piece:
-    """A finished merge on disk: the layer's weights, and the steps up to it, which they follow from."""
+    """A finished merge on disk: the layer's weights, and what they follow from: windows, and steps up to it."""
 
-    def __init__(self, folder: Path, steps: list[Step]) -> None:
+    def __init__(self, folder: Path, windows: int, steps: list[Step]) -> None:
         self.weights = folder / f"pair-{len(steps)}.safetensors"
-        self._steps = [asdict(step) | {"figures": {}} for step in steps]
+        self._from = {"windows": windows, "steps": [asdict(step) | {"figures": {}} for step in steps]}
 
     def figures(self) -> dict[str, float] | None:
         """Return the figures of the merge, or None where it is still to be made."""
         about = sealed(self.weights)
-        return about["figures"] if about and about["steps"] == self._steps else None
+        return about["figures"] if about and about["from"] == self._from else None
 
     def keep(self, weights: Mapping[str, torch.Tensor], figures: dict[str, float]) -> dict[str, float]:
         """Write it; returns ``figures``."""
         with publish_file(self.weights) as writing:
             save_tensors(weights, writing)
-        seal(self.weights, {"steps": self._steps, "figures": figures})
+        seal(self.weights, {"from": self._from, "figures": figures})
         return figures
 
 

@@ -16,8 +16,9 @@ from safetensors import safe_open
 from torch import Tensor
 
 from mka_export.merge.states import StatesFile
-from mka_export.models.activations import Activations, ColumnStatistics
+from mka_export.models.activations import Activations
 from mka_export.models.runner import LayerRunner, check_finite
+from mka_export.models.statistics import ColumnStatistics
 
 
 @dataclass(frozen=True)
@@ -46,29 +47,33 @@ class Trajectory:
     Args:
         runner: runs the original model's layers, and layers with other weights.
         ids: token windows (N, T).
+        every: only each ``every``-th of them.
         folder: an empty folder for the states: (layers + 1) · N · T · hidden · 4 bytes, and as much
             again for the part of the model that was merged.
 
     Attributes:
+        ids: the windows that take part.
+        windows: their numbers.
         layers: the model under merge, bottom up.
         layer_runs: how many times a layer was run over all windows.
         largest_update: for each layer of the original that was run, the largest ‖output − input‖ / ‖input‖
             of any token.
     """
 
-    def __init__(self, runner: LayerRunner, ids: Tensor, folder: Path) -> None:
-        self.runner, self.ids, self.folder = runner, ids, folder
+    def __init__(self, runner: LayerRunner, ids: Tensor, folder: Path, every: int = 1) -> None:
+        self.runner, self.folder = runner, folder
+        self.ids, self.windows = ids[::every], range(0, len(ids), every)
         folder.mkdir()
         self.layers = [Layer(i, i) for i in range(runner.checkpoint.num_layers)]
         self.layer_runs = 0
         self.largest_update: list[float] = []
-        self._shape = (*ids.shape, runner.checkpoint.hidden_size)
+        self._shape = (*self.ids.shape, runner.checkpoint.hidden_size)
         self._shared = len(self.layers)  # this many bottom layers are the original's, and so are their states
         self._original_known = 0  # the last boundary whose states in the original are there
         self._merged_known = 0  # the same in the model under merge, where it is not shared
         self._original_statistics: list[ColumnStatistics] = []
         self._merged_statistics: list[ColumnStatistics] = []
-        self._write(self._original(0), slice(0, len(ids)), runner.embed(ids))
+        self._write(self._original(0), slice(0, len(self.ids)), runner.embed(self.ids))
 
     def batches(self) -> Iterator[slice]:
         """Cut the windows into batches that fit in memory."""
@@ -149,9 +154,8 @@ class Trajectory:
         statistics = ColumnStatistics()
         for batch in self.batches():
             before = self._read(source, batch)
-            with self.runner.watch(kind, statistics):
-                states = self.runner.run_layer(kind, weights, before)
-            check_finite(states, f"layer {kind}, on the calibration text,")
+            states = self.runner.run_layer(kind, weights, before, statistics)
+            check_finite(states, f"layer {kind}", self.windows[batch])
             if note is not None:
                 note(before, states)
             self._write(out, batch, states)

@@ -7,12 +7,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from safetensors import safe_open
 from torch import Tensor
 
 from mka_export.models.checkpoint import Checkpoint, save_tensors
-from mka_export.models.runner import LayerRunner
+from mka_export.models.runner import LayerRunner, check_finite, on_finite_windows
+from mka_export.models.statistics import ColumnStatistics
 from mka_export.progress import Progress
 
 
@@ -46,40 +46,28 @@ class Activations:
             return cls({name: f.get_tensor(name) for name in names}, about["tokens"], about["sha256"])
 
 
-class ColumnStatistics:
-    """Mean squares of the inputs of one layer's linear modules, gathered by ``LayerRunner.watch``."""
-
-    def __init__(self) -> None:
-        self._sums: dict[str, Tensor] = {}
-        self._rows: dict[str, int] = {}
-
-    def __call__(self, path: str, inputs: Tensor) -> None:
-        """Add the input (batch, tokens, features) of module ``path``."""
-        rows = inputs.flatten(0, -2)
-        self._sums[path] = self._sums.get(path, 0) + rows.square().sum(dim=0, dtype=torch.float64)
-        self._rows[path] = self._rows.get(path, 0) + len(rows)
-
-    @property
-    def mean_square(self) -> dict[str, Tensor]:
-        """Weight name inside the layer -> (in_features,) float32."""
-        return {f"{path}.weight": (total / self._rows[path]).float().cpu() for path, total in self._sums.items()}
-
-
 def calibrate(runner: LayerRunner, ids: Tensor, calibration: str, progress: Progress) -> Activations:
     """Run a model over calibration windows (N, T) and keep only the statistics.
 
     Args:
         calibration: sha256 of ``ids``.
+
+    Raises:
+        MkaError: more windows turn NaN or infinite than may be left out.
     """
     checkpoint: Checkpoint = runner.checkpoint
-    states, found = runner.embed(ids), {}
-    with progress.task("calibration", checkpoint.num_layers) as task:
-        for index in range(checkpoint.num_layers):
-            weights, statistics = runner.weights(index), ColumnStatistics()
-            with runner.watch(index, statistics):
+
+    def work(ids: Tensor) -> Activations:
+        states, found = runner.embed(ids), {}
+        with progress.task("calibration", checkpoint.num_layers) as task:
+            for index in range(checkpoint.num_layers):
+                weights, statistics = runner.weights(index), ColumnStatistics()
                 for batch in runner.batches(*ids.shape):
-                    states[batch] = runner.run_layer(index, weights, states[batch])
-            for name, mean_square in statistics.mean_square.items():
-                found[checkpoint.architecture.layer_name(index, name)] = mean_square
-            task.advance()
-    return Activations(found, ids.numel(), calibration)
+                    states[batch] = runner.run_layer(index, weights, states[batch], statistics)
+                check_finite(states, f"layer {index}", range(len(ids)))
+                for name, mean_square in statistics.mean_square.items():
+                    found[checkpoint.architecture.layer_name(index, name)] = mean_square
+                task.advance()
+        return Activations(found, ids.numel(), calibration)
+
+    return on_finite_windows(ids, work, progress)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from typing import Any, TypeVar
 
 import torch
 from accelerate import init_empty_weights
@@ -12,16 +12,19 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from mka_export.errors import CheckpointError, MkaError, UsageError
+from mka_export.errors import CheckpointError, MkaError, UsageError, out_of_memory
 from mka_export.models.checkpoint import CONFIG, Checkpoint, require_finite
+from mka_export.models.statistics import ColumnStatistics
 from mka_export.progress import Progress
 
 Weights = Mapping[str, Tensor]  # name inside the layer -> tensor, as the layer computes with it
-InputHook = Callable[[str, Tensor], None]  # (module path inside the layer, its input (batch, tokens, features))
+Result = TypeVar("Result")
 
 # Tokens that go through a layer together: enough to keep the cores busy, few enough that the widest
 # intermediate of an 8B model (14 336 neurons, float32) stays near 100 MB.
 BATCH_TOKENS = 2048
+
+MAX_LEFT_OUT = 0.1  # of the calibration windows, where a layer makes NaN of them
 
 
 class LayerRunner:
@@ -84,18 +87,31 @@ class LayerRunner:
         require_finite(name, rows)
         return rows.to(self.device, torch.float32)[inverse.to(self.device)]
 
-    @torch.no_grad()
-    def run_layer(self, index: int, weights: Weights, states: Tensor) -> Tensor:
+    def run_layer(
+        self, index: int, weights: Weights, states: Tensor, statistics: ColumnStatistics | None = None
+    ) -> Tensor:
         """Apply the layer of kind ``index`` with ``weights``: (batch, T, hidden) -> the same shape.
 
         ``index`` chooses what the layer is given (mask, rotary embeddings); the weights may be any.
+
+        Args:
+            statistics: told the inputs of the layer's linear modules.
+
+        Raises:
+            MkaError: not even one window fits in memory.
         """
-        keywords = self._recorded(states.shape[1])[index]
-        out = functional_call(self.layer_module(index), dict(weights), (states,), keywords)
-        after: Tensor = out[0] if isinstance(out, tuple) else out
+
+        def work(states: Tensor) -> tuple[Tensor]:
+            seen = ColumnStatistics()  # of this attempt, which may end half-way
+            with self._watched(index, seen) if statistics is not None else nullcontext():
+                after = self._run_layer(index, weights, states)
+            if statistics is not None:
+                statistics.include(seen)
+            return (after,)
+
+        (after,) = _as_memory_allows(work, states)
         return after
 
-    @torch.no_grad()
     def before_mlp(self, index: int, weights: Weights, states: Tensor) -> tuple[Tensor, Tensor]:
         """Apply all of layer ``index`` but its MLP, whose weights need not be there.
 
@@ -104,26 +120,37 @@ class LayerRunner:
         """
         layer, name = self.layer_module(index), self.checkpoint.architecture.mlp
         mlp, silent = layer.get_submodule(name), _SilentMLP()
+
+        def work(states: Tensor) -> tuple[Tensor, Tensor]:
+            return self._run_layer(index, weights, states), silent.inputs
+
         try:
             setattr(layer, name, silent)
-            return self.run_layer(index, weights, states), silent.inputs
+            stream, inputs = _as_memory_allows(work, states)
+            return stream, inputs
         finally:
             setattr(layer, name, mlp)
 
+    @torch.no_grad()
+    def _run_layer(self, index: int, weights: Weights, states: Tensor) -> Tensor:
+        keywords = self._recorded(states.shape[1])[index]
+        out = functional_call(self.layer_module(index), dict(weights), (states,), keywords)
+        after: Tensor = out[0] if isinstance(out, tuple) else out
+        return after
+
     @contextmanager
-    def watch(self, index: int, hook: InputHook) -> Iterator[None]:
-        """Call ``hook`` with the input of every linear layer inside layer ``index`` while the block runs."""
-        module = self.layer_module(index)
+    def _watched(self, index: int, statistics: ColumnStatistics) -> Iterator[None]:
+        """Tell ``statistics`` the input of every linear layer inside layer ``index`` while the block runs."""
 
         def attach(path: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
             def call(_module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-                hook(path, inputs[0])
+                statistics.add(path, inputs[0])
 
             return call
 
         handles = [
             part.register_forward_pre_hook(attach(path))
-            for path, part in module.named_modules()
+            for path, part in self.layer_module(index).named_modules()
             if isinstance(part, nn.Linear)
         ]
         try:
@@ -232,11 +259,65 @@ def pick_device(name: str) -> torch.device:
     return torch.device(name)
 
 
-def check_finite(states: Tensor, where: str) -> None:
-    """Raise if a state holds NaN or infinity.
+class NotFinite(MkaError):
+    """A state that holds NaN or infinity.
+
+    Attributes:
+        windows: the windows in which it does.
+    """
+
+    def __init__(self, where: str, windows: list[int]) -> None:
+        super().__init__(f"{where} makes NaN or infinity", "The model is damaged or needs another precision.")
+        self.where, self.windows = where, windows
+
+
+def check_finite(states: Tensor, where: str, windows: Sequence[int]) -> None:
+    """Check the states (batch, T, hidden) of the windows with these numbers.
 
     Raises:
-        MkaError: naming ``where``.
+        NotFinite: some hold NaN or infinity; the message names ``where``.
     """
-    if not bool(torch.isfinite(states).all()):
-        raise MkaError(f"{where} makes NaN or infinity", "The model is damaged or needs another precision.")
+    finite = states.isfinite().all(dim=-1).all(dim=-1)
+    if not bool(finite.all()):
+        raise NotFinite(where, [windows[i] for i in (~finite).nonzero().flatten().tolist()])
+
+
+def on_finite_windows(ids: Tensor, work: Callable[[Tensor], Result], progress: Progress) -> Result:
+    """Return ``work(ids)``; windows in which some layer makes NaN or infinity are left out, and that is said.
+
+    Raises:
+        MkaError: these are more than ``MAX_LEFT_OUT`` of the windows (N, T).
+    """
+    kept = torch.arange(len(ids))
+    while True:
+        try:
+            return work(ids[kept])
+        except NotFinite as error:
+            kept = kept[~torch.isin(torch.arange(len(kept)), torch.tensor(error.windows))]
+            lost = len(ids) - len(kept)
+            told = f"{lost} of {len(ids)} windows of the calibration text make NaN or infinity, in {error.where}"
+            if lost > MAX_LEFT_OUT * len(ids):
+                raise MkaError(told, "The model is damaged, or the text is not for it: give another.") from None
+            progress.say(f"{told}: left out")
+
+
+def _as_memory_allows(work: Callable[[Tensor], tuple[Tensor, ...]], states: Tensor) -> tuple[Tensor, ...]:
+    """Return ``work(states)``, of halves of the batch where the whole does not fit in memory.
+
+    Raises:
+        MkaError: not even one window does.
+    """
+    try:
+        return work(states)
+    except (RuntimeError, MemoryError) as error:
+        if not out_of_memory(error):
+            raise
+        if len(states) == 1:
+            raise MkaError(
+                f"a layer pass over one window of {states.shape[1]} tokens does not fit in memory",
+                "Close other programs, or use a machine with more memory.",
+            ) from error
+    if states.is_cuda:  # here the failed attempt has let go of its tensors
+        torch.cuda.empty_cache()
+    halves = [_as_memory_allows(work, half) for half in states.tensor_split(2)]
+    return tuple(torch.cat(parts) for parts in zip(*halves, strict=True))

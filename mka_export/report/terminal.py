@@ -77,7 +77,8 @@ def _print_target(target: Mapping[str, Any], console: Console) -> None:
         for line in _about_the_artifact(target["artifact"]):
             console.print(Text(line))
     versions = ", ".join(f"{name} {version}" for name, version in runtime["versions"].items())
-    console.print(Text(f"Runtime   {runtime['name']} on {runtime['device']}" + (f" ({versions})" if versions else "")))
+    where = f" on {runtime['device']}" if runtime["device"] else ""
+    console.print(Text(f"Runtime   {runtime['name']}{where}" + (f" ({versions})" if versions else "")))
     tokenizer = target["tokenizer"]
     if tokenizer and tokenizer["identical"]:
         console.print(Text(f"Tokens    the same ids as the original's on {tokenizer['texts']} texts"))

@@ -15,7 +15,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 from fault_tools import DONE, LOOSE, MERGE, SMALL, type_in
+from pico import make_pico
+from safetensors.torch import load_file, save_file
+from transformers import LlamaForCausalLM
+
+from mka_export.models.tokenizer import load_tokenizer
 
 COMMAND = [sys.executable, "-c", "from mka_export.cli import main; main()"]
 RUN = [*MERGE, "--to", "gguf-q8", *SMALL, *LOOSE]
@@ -190,3 +196,102 @@ def test_survived_crashing_runtime(model, tmp_path, monkeypatch):
     assert "crashed" in q8["error"]
     assert f16["verdict"] in ("pass", "inconclusive")
     assert f16["comparisons"]["conversion"]["kl"]["mean"] < 0.001
+
+
+@pytest.fixture
+def allergic(model) -> Path:
+    """A model in which one token, the letter Q, overflows in layer 1: a dimension that only it uses is multiplied."""
+    weights = load_file(model / "model.safetensors")
+    token = load_tokenizer(model).convert_tokens_to_ids("Q")
+    weights["model.embed_tokens.weight"][:, -1] = 0.0
+    weights["model.embed_tokens.weight"][token, -1] = 1.0
+    for name, tensor in weights.items():
+        if name.endswith(("o_proj.weight", "down_proj.weight")):
+            tensor[-1] = 0.0
+    weights["model.layers.1.post_attention_layernorm.weight"][-1] = 1e18
+    for row in ("gate_proj", "up_proj"):
+        weights[f"model.layers.1.mlp.{row}.weight"][0, -1] = 10.0
+    save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
+    return model
+
+
+def q_in(windows: int, path: Path) -> Path:
+    """Write a text of which about 16 windows of 512 tokens can be cut, with a Q in some."""
+    words = "the quick brown fox jumps over the lazy dog and then sleeps under a tree. " * 10
+    path.write_text("".join(words + "Q" * (i < windows) for i in range(32)), encoding="utf-8")
+    return path
+
+
+@pytest.mark.parametrize("command", ["merge", "convert"])
+def test_survived_nan_activations(command, allergic, tmp_path):
+    """a few windows of the calibration text turn NaN in the model: left out, and said"""
+    run = [command, allergic, "--out", tmp_path / "out", "--calibration", q_in(1, tmp_path / "text"), *SMALL]
+    run[run.index("512")] = "8192"
+    run += MERGE if command == "merge" else ["--to", "gguf-q4", *LOOSE]
+    result = type_in(*run)
+    assert "windows of the calibration text make NaN or infinity, in layer 1: left out" in result.stderr
+    if command == "merge":
+        assert result.exit_code == 0
+        plan = json.loads((tmp_path / "out" / "merged" / "plan.json").read_text())
+        assert plan["calibration"]["left_out"] == 1
+        assert plan["calibration"]["tokens"] % 512 == 0
+        weights = load_file(tmp_path / "out" / "merged" / "model.safetensors")
+        assert all(t.isfinite().all() for t in weights.values())
+    else:
+        assert next((tmp_path / "out").rglob("*.gguf")).stat().st_size > 0
+
+
+def test_refused_nan_activations(allergic, tmp_path, refused):
+    """more than a tenth of the calibration text turns NaN in the model"""
+    text = q_in(20, tmp_path / "text")
+    words = ("windows of the calibration text make NaN or infinity", "layer 1", "give another")
+    refused([allergic, *RUN, "--out", "{out}", "--calibration", text, "--calibration-tokens", "8192"], *words)
+
+
+LIMITED = """
+import resource, sys, torch
+from pathlib import Path
+import mka_export.pipeline, transformers.models.llama.modeling_llama, sklearn.cluster, matplotlib.pyplot
+from mka_export.cli import main
+now = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (now + int(sys.argv.pop(1)) * 2**20,) * 2)
+main()
+"""
+
+
+@pytest.fixture(scope="session")
+def wide(tmp_path_factory) -> Path:
+    """A model whose MLP takes 400 MB for a batch of four windows, and 100 MB for one.
+
+    In small shards: a map of a file counts against the limit of the address space.
+    """
+    folder = make_pico(tmp_path_factory.mktemp("wide") / "wide", "llama", intermediate_size=16384, num_hidden_layers=4)
+    LlamaForCausalLM.from_pretrained(folder).save_pretrained(folder, max_shard_size="5MB")
+    (folder / "model.safetensors").unlink()
+    return folder
+
+
+def run_within(megabytes: int, *arguments: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-c", LIMITED, str(megabytes), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
+
+
+def test_survived_little_memory(wide, tmp_path):
+    """memory does not suffice for a batch in a layer pass: smaller batches, and nearly the same result"""
+    run = ["merge", wide, "--ratio", "0.3", "--protect", "1", "--method", "mka-paper", "--calibration-tokens", "2048"]
+    results = {}
+    for name, megabytes in (("roomy", 4000), ("narrow", 550)):
+        process = run_within(megabytes, *run, "--out", tmp_path / name)
+        assert process.returncode == 0, process.stderr
+        results[name] = load_file(tmp_path / name / "merged" / "activations.safetensors")
+    for name, tensor in results["roomy"].items():
+        assert torch.allclose(tensor, results["narrow"][name], rtol=1e-3), name
+
+
+def test_refused_no_memory(wide, tmp_path):
+    """memory does not suffice for one window in a layer pass"""
+    process = run_within(350, "merge", wide, "--ratio", "0.3", "--protect", "1", "--out", tmp_path / "out", "--quiet")
+    assert process.returncode == 1
+    assert "memory" in process.stderr
+    assert len(process.stderr.strip().splitlines()) == 1, process.stderr
+    assert visible(tmp_path / "out") <= {"manifest.json"}
