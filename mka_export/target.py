@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -81,16 +81,19 @@ class Artifact:
 
 
 class Converter(Protocol):
-    """Turn a checkpoint into an artifact inside the existing empty folder ``out``.
-
-    A file that takes long to make, and from which others are made, may be left in the existing folder ``pieces``:
-    it is there again if the work was killed and goes on with the same checkpoint and target.
+    """A module that turns checkpoints into artifacts.
 
     Raises:
         ConversionError, UnsupportedError: it cannot be made; nothing else may escape.
     """
 
-    def __call__(
+    def check(self, checkpoint: Checkpoint, target: Target) -> None:
+        """Say what can be said beforehand: whether the target's settings are known, and the model can be expressed.
+
+        Called with the original, before hours are spent on merging it.
+        """
+
+    def convert(
         self,
         checkpoint: Checkpoint,
         target: Target,
@@ -100,7 +103,11 @@ class Converter(Protocol):
         activations: Activations | None,
         progress: Progress,
     ) -> Artifact:
-        """Make the artifact."""
+        """Make the artifact inside the existing empty folder ``out``.
+
+        A file that takes long to make, and from which others are made, may be left in the existing folder ``pieces``:
+        it is there again if the work was killed and goes on with the same checkpoint and target.
+        """
 
 
 def target_names() -> dict[str, Path]:
@@ -139,5 +146,5 @@ def load_converter(name: str) -> Converter:
     found = {point.name: point for point in entry_points(group=CONVERTERS)}
     if name not in found:
         raise MkaError(unknown_name("converter", name, found), "Install the package that brings it.")
-    convert: Callable[..., Artifact] = found[name].load()
-    return convert
+    converter: Converter = found[name].load()
+    return converter

@@ -122,6 +122,7 @@ class Workspace:
             stage = Stage(name, final, seconds, False, files)
         else:
             self.progress.say(f"{name}: there already, kept")
+            shutil.rmtree(_pieces_folder(final), ignore_errors=True)  # the run that published it was killed
         self.stages.append(stage)
         return stage
 
@@ -270,7 +271,7 @@ def _existing(final: Path, name: str, inputs: Mapping[str, Any]) -> tuple[Stage 
 
 def _pieces(final: Path, inputs: Mapping[str, Any]) -> Path:
     """Return the folder of finished pieces of a stage, emptied if it is of other inputs."""
-    folder, record = final.with_name(f".{final.name}.pieces"), "inputs.json"
+    folder, record = _pieces_folder(final), "inputs.json"
     try:
         same = json.loads((folder / record).read_text(encoding="utf-8")) == inputs
     except (OSError, ValueError):
@@ -280,6 +281,10 @@ def _pieces(final: Path, inputs: Mapping[str, Any]) -> Path:
         folder.mkdir(parents=True)
         write_atomically(folder / record, inputs)
     return folder
+
+
+def _pieces_folder(final: Path) -> Path:
+    return final.with_name(f".{final.name}.pieces")
 
 
 def _format(manifest: Path) -> str | None:

@@ -31,7 +31,7 @@ print(json.dumps({
     "version": version("mka-export"),
     "targets": sorted(target_names()),
     "loaded": load_target("gguf-q4").converter,
-    "converter": load_converter("gguf").__module__,
+    "converter": load_converter("gguf").__name__,
     "entry_points": [p.name for p in entry_points(group="mka_export.converters")],
     "prompts": len(sample_prompts()),
     "corpus": len(tokenizer_corpus()),

@@ -12,6 +12,13 @@ if TYPE_CHECKING:
     from mka_export.target import Artifact, Target
 
 
+def check(checkpoint: Checkpoint, target: Target) -> None:
+    """Say beforehand what GGUF or llama.cpp cannot express: see ``mka_gguf.conversion.check``."""
+    from mka_gguf.conversion import check as run  # torch and llama.cpp load here, not with the package
+
+    run(checkpoint, target)
+
+
 def convert(
     checkpoint: Checkpoint,
     target: Target,
@@ -22,6 +29,6 @@ def convert(
     progress: Progress,
 ) -> Artifact:
     """Turn a checkpoint into one GGUF file in the folder ``out``: see ``mka_gguf.conversion.convert``."""
-    from mka_gguf.conversion import convert as run  # torch and llama.cpp load here, not with the package
+    from mka_gguf.conversion import convert as run
 
     return run(checkpoint, target, out, pieces, activations=activations, progress=progress)

@@ -25,6 +25,16 @@ from mka_gguf.writing import Contents, add_general, add_imatrix, announce, read_
 UNQUANTIZED_FILE = "unquantized.gguf"  # among the pieces
 
 
+def check(checkpoint: Checkpoint, target: Target) -> None:
+    """Check that the target's settings are known and that GGUF can say what the model's config and tokenizer say.
+
+    Raises:
+        ConversionError, UnsupportedError: as ``convert`` would.
+    """
+    read_settings(target)
+    read_vocabulary(checkpoint.path, read_config(checkpoint), checkpoint.vocab_size)
+
+
 def convert(
     checkpoint: Checkpoint,
     target: Target,

@@ -14,7 +14,7 @@ RIDGE = 0.1
 FLOOR = 1e-6  # of the features' mean square, added to each one's: one that is always 0 keeps its weight
 Blocks = Callable[[], Iterator[tuple[Tensor, Tensor]]]  # of A (n, features) and Y (n, outputs), float32
 
-_COLUMNS = 2048  # of the Gram matrix that are added to at a time: only what lies below its diagonal is needed
+_COLUMNS = 2048  # of a Gram matrix that are made at a time: only what lies below its diagonal is needed
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ def ridge(blocks: Blocks, rows: int, prior: Tensor) -> Fit:
     Raises:
         MkaError: the rows hold NaN or infinity.
     """
-    return _in_rows(blocks, prior) if rows < prior.shape[1] else _in_features(blocks, rows, prior)
+    return _in_rows(blocks, rows, prior) if rows < prior.shape[1] else _in_features(blocks, rows, prior)
 
 
 def _in_features(blocks: Blocks, rows: int, prior: Tensor) -> Fit:
@@ -76,20 +76,25 @@ def _in_features(blocks: Blocks, rows: int, prior: Tensor) -> Fit:
     return Fit(weights, scale / rows**0.5, max(0.0, left / energy))
 
 
-def _in_rows(blocks: Blocks, prior: Tensor) -> Fit:
+def _in_rows(blocks: Blocks, rows: int, prior: Tensor) -> Fit:
     """Δᵀ = D⁻²Aᵀ Z / RIDGE with (A D⁻² Aᵀ / RIDGE + 1) Z = Y − A priorᵀ; what is left of the residual is Z."""
-    pieces = list(blocks())
-    a, y = torch.cat([piece[0] for piece in pieces]), torch.cat([piece[1] for piece in pieces])
-    del pieces
-    rows = len(a)
-    residual = y - a @ prior.T
-    scale = _scale(a.square().sum(dim=0))
+    outputs, features = prior.shape
+    a, residual = prior.new_empty(rows, features), prior.new_empty(rows, outputs)
+    squares, first, energy = prior.new_zeros(features), 0, 0.0
+    for neurons, y in blocks():
+        part = slice(first, first + len(y))
+        a[part], residual[part] = neurons, y - neurons @ prior.T
+        squares += neurons.square().sum(dim=0)
+        first, energy = part.stop, energy + _energy(y)
+    scale = _scale(squares)
     a /= scale * RIDGE**0.5
-    kernel = a @ a.T
+    kernel = prior.new_zeros(rows, rows)
+    for start in range(0, rows, _COLUMNS):
+        kernel[start:, start : start + _COLUMNS] = a[start:] @ a[start : start + _COLUMNS].T
     kernel.diagonal().add_(1.0)
     left = _solve(kernel, residual)
     weights = prior + (a.T @ left / (scale[:, None] * RIDGE**0.5)).T
-    return Fit(weights, scale / rows**0.5, _energy(left) / _energy(y))
+    return Fit(weights, scale / rows**0.5, _energy(left) / energy)
 
 
 def _scale(squares: Tensor) -> Tensor:

@@ -37,6 +37,7 @@ class Export(Job):
 
     Raises:
         UsageError: besides what ``Job`` checks, a target is not for the model's family.
+        ConversionError, UnsupportedError: a converter cannot make a target from this model.
     """
 
     def __init__(
@@ -57,20 +58,21 @@ class Export(Job):
         with ExitStack() as stack:
             self.workspace = stack.enter_context(Workspace(self.out, self.progress))
             self.open()
-            self._check_families()
+            self._check_targets()
             self._exit = stack.pop_all()
         return self
 
     def __exit__(self, *error: Any) -> None:
         self._exit.__exit__(*error)
 
-    def _check_families(self) -> None:
+    def _check_targets(self) -> None:
         family = self.original.architecture.name
         for target in self.targets:
             if target.families and family not in target.families:
                 raise UsageError(
                     f"target {target.name} is for {', '.join(target.families)}, not {family}", "Choose another --to."
                 )
+            load_converter(target.converter).check(self.original, target)
 
     def merge(self, options: MergeOptions) -> Checkpoint:
         """Publish the merged checkpoint, with its plan, heat map and activations.
@@ -142,8 +144,10 @@ class Export(Job):
         }
 
         def make(folder: Path, pieces: Path) -> None:
-            convert = load_converter(target.converter)
-            made = convert(checkpoint, target, folder, pieces, activations=activations, progress=self.progress)
+            converter = load_converter(target.converter)
+            made = converter.convert(
+                checkpoint, target, folder, pieces, activations=activations, progress=self.progress
+            )
             fields = {"path": made.path.name, "files": made.files, "nbytes": made.nbytes, "details": made.details}
             write_json(folder / ARTIFACT, fields)
 
