@@ -19,6 +19,7 @@ from mka_export.options import (
     LimitOptions,
     MergeOptions,
     OutputOptions,
+    PreviewOptions,
     TextOptions,
     options,
 )
@@ -75,6 +76,7 @@ def main() -> None:
     limits=LimitOptions,
     device=DeviceOptions,
     output=OutputOptions,
+    preview=PreviewOptions,
 )
 def run(model: str, **groups: Any) -> None:
     """Merge layers of MODEL, make every target, measure each against the original (the default command)."""
@@ -85,17 +87,24 @@ def run(model: str, **groups: Any) -> None:
 
 @main.command()
 @click.argument("model")
-@options(merge=MergeOptions, texts=TextOptions, device=DeviceOptions, output=OutputOptions)
+@options(merge=MergeOptions, texts=TextOptions, device=DeviceOptions, output=OutputOptions, preview=PreviewOptions)
 def merge(model: str, **groups: Any) -> None:
     """Merge layers of MODEL and write the checkpoint; prints its folder."""
     from mka_export import pipeline
 
-    click.echo(pipeline.merge_only(model, **groups))
+    sys.exit(pipeline.merge_only(model, **groups))
 
 
 @main.command(epilog=EPILOG)
 @click.argument("model")
-@options(convert=ConvertOptions, texts=TextOptions, limits=LimitOptions, device=DeviceOptions, output=OutputOptions)
+@options(
+    convert=ConvertOptions,
+    texts=TextOptions,
+    limits=LimitOptions,
+    device=DeviceOptions,
+    output=OutputOptions,
+    preview=PreviewOptions,
+)
 def convert(model: str, **groups: Any) -> None:
     """Make every target from MODEL as it is, and measure each against it."""
     from mka_export import pipeline
@@ -135,6 +144,18 @@ def verify(folder: Path, as_json: bool, quiet: bool) -> None:
             f"{count} files, " + (f"{len(findings)} not as they were made" if findings else "all as they were made")
         )
     sys.exit(1 if findings else 0)
+
+
+@main.command()
+@click.argument("model", required=False)
+@click.option("--ratio", type=float, help="Share of layers to remove.")
+@click.option("--to", multiple=True, help="Target to make. Can be repeated.")
+@click.option("--json", "as_json", is_flag=True, help="Print it as JSON.")
+def doctor(model: str | None, ratio: float | None, to: tuple[str, ...], as_json: bool) -> None:
+    """Say what is installed and usable, and what MODEL will take, before anything is fetched."""
+    from mka_export import pipeline
+
+    sys.exit(pipeline.doctor(model, ratio, to, as_json=as_json))
 
 
 @main.command()

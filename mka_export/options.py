@@ -112,6 +112,15 @@ class DeviceOptions:
 
 
 @dataclass(frozen=True)
+class PreviewOptions:
+    """Whether to only look ahead."""
+
+    dry_run: bool = option(
+        False, "Say what the job takes of disk and memory, before anything is fetched; stop there.", is_flag=True
+    )
+
+
+@dataclass(frozen=True)
 class OutputOptions:
     """Where results go, and how much is said."""
 

@@ -10,11 +10,13 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from mka_export.data import data_folder, read_toml
 from mka_export.errors import MkaError, UsageError, unknown_name
+from mka_export.needs import Need
 from mka_export.progress import Progress
 
 if TYPE_CHECKING:
     from mka_export.models.activations import Activations
     from mka_export.models.checkpoint import Checkpoint
+    from mka_export.models.outline import Outline
 
 CONVERTERS = "mka_export.converters"  # the entry-point group
 
@@ -92,6 +94,9 @@ class Converter(Protocol):
 
         Called with the original, before hours are spent on merging it.
         """
+
+    def need(self, model: Outline, target: Target) -> Need:
+        """Return what converting a model will take, before there is one: no less than it will."""
 
     def convert(
         self,

@@ -122,7 +122,7 @@ class Workspace:
             stage = Stage(name, final, seconds, False, files)
         else:
             self.progress.say(f"{name}: there already, kept")
-            shutil.rmtree(_pieces_folder(final), ignore_errors=True)  # the run that published it was killed
+            shutil.rmtree(pieces_folder(final), ignore_errors=True)  # the run that published it was killed
         self.stages.append(stage)
         return stage
 
@@ -271,7 +271,7 @@ def _existing(final: Path, name: str, inputs: Mapping[str, Any]) -> tuple[Stage 
 
 def _pieces(final: Path, inputs: Mapping[str, Any]) -> Path:
     """Return the folder of finished pieces of a stage, emptied if it is of other inputs."""
-    folder, record = _pieces_folder(final), "inputs.json"
+    folder, record = pieces_folder(final), "inputs.json"
     try:
         same = json.loads((folder / record).read_text(encoding="utf-8")) == inputs
     except (OSError, ValueError):
@@ -283,7 +283,8 @@ def _pieces(final: Path, inputs: Mapping[str, Any]) -> Path:
     return folder
 
 
-def _pieces_folder(final: Path) -> Path:
+def pieces_folder(final: Path) -> Path:
+    """Return where the finished pieces of the stage in folder ``final`` are kept until it is published."""
     return final.with_name(f".{final.name}.pieces")
 
 

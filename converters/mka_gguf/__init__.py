@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from mka_export.models.activations import Activations
     from mka_export.models.checkpoint import Checkpoint
+    from mka_export.models.outline import Outline
+    from mka_export.needs import Need
     from mka_export.progress import Progress
     from mka_export.target import Artifact, Target
 
@@ -17,6 +19,13 @@ def check(checkpoint: Checkpoint, target: Target) -> None:
     from mka_gguf.conversion import check as run  # torch and llama.cpp load here, not with the package
 
     run(checkpoint, target)
+
+
+def need(model: Outline, target: Target) -> Need:
+    """Return what a conversion will take: see ``mka_gguf.size.need``."""
+    from mka_gguf.size import need as run
+
+    return run(model, target)
 
 
 def convert(

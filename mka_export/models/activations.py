@@ -11,8 +11,10 @@ from safetensors import safe_open
 from torch import Tensor
 
 from mka_export.models.checkpoint import Checkpoint, save_tensors
-from mka_export.models.runner import LayerRunner, check_finite, on_finite_windows
+from mka_export.models.outline import Outline
+from mka_export.models.runner import LayerRunner, check_finite, layer_pass_bytes, on_finite_windows
 from mka_export.models.statistics import ColumnStatistics
+from mka_export.needs import Need
 from mka_export.progress import Progress
 
 
@@ -44,6 +46,12 @@ class Activations:
             about = json.loads(f.metadata()["calibration"])
             names = f.keys()  # a file, no mapping: it does not iterate
             return cls({name: f.get_tensor(name) for name in names}, about["tokens"], about["sha256"])
+
+
+def calibration_need(model: Outline, tokens: int) -> Need:
+    """Return what ``calibrate`` takes over ``tokens`` tokens: a layer, and the states of all of them."""
+    columns = sum(shape[-1] for shape in model.shapes.values())
+    return Need(kept=4 * columns, memory=layer_pass_bytes(model) + 4 * tokens * model.hidden_size)
 
 
 def calibrate(runner: LayerRunner, ids: Tensor, calibration: str, progress: Progress) -> Activations:

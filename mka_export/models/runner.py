@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any, TypeVar
@@ -14,6 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from mka_export.errors import CheckpointError, MkaError, UsageError, out_of_memory
 from mka_export.models.checkpoint import CONFIG, Checkpoint, require_finite
+from mka_export.models.outline import Outline
 from mka_export.models.statistics import ColumnStatistics
 from mka_export.progress import Progress
 
@@ -237,6 +239,13 @@ class _SilentMLP(nn.Module):
     def forward(self, states: Tensor) -> Tensor:
         self.inputs = states
         return torch.zeros_like(states)
+
+
+def layer_pass_bytes(model: Outline) -> int:
+    """Return the memory that running any layer over a batch of ``BATCH_TOKENS`` takes at most."""
+    weights = sum(map(math.prod, model.layer.values()))
+    neurons = model.layer[model.architecture.layer["gate"]][0]
+    return weights * (4 + model.itemsize) + 4 * BATCH_TOKENS * (4 * neurons + 12 * model.hidden_size)
 
 
 def pick_device(name: str) -> torch.device:

@@ -14,6 +14,11 @@ from mka_export.workspace import publish_folder
 SEAL = "fingerprint.txt"  # beside the checkpoint's files: what Checkpoint.fingerprint was when they were made
 
 
+def unpacked_folder(sha256: str, cache: Path) -> Path:
+    """Return where ``checkpoint_from_gguf`` puts the checkpoint of the file with this sha256."""
+    return cache / "checkpoints" / f"{sha256}-{__version__}"
+
+
 def checkpoint_from_gguf(file: Path, sha256: str, cache: Path, progress: Progress) -> Path:
     """Return the checkpoint made from ``file``, made now unless the cache holds it whole.
 
@@ -27,7 +32,7 @@ def checkpoint_from_gguf(file: Path, sha256: str, cache: Path, progress: Progres
         CheckpointError, UnsupportedError: the file is damaged, or of a kind we do not read.
         OSError: the cache cannot be written to.
     """
-    final = cache / "checkpoints" / f"{sha256}-{__version__}"
+    final = unpacked_folder(sha256, cache)
     if final.is_dir():
         if _is_sound(final):
             return final

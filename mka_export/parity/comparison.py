@@ -8,6 +8,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from mka_export.models.outline import Outline
+from mka_export.models.runner import layer_pass_bytes
 from mka_export.parity.metrics import ARTIFACT, Scores, Values, score
 from mka_export.parity.runtimes import Runtime, Windows
 from mka_export.parity.statistics import Interval, bootstrap_means, perplexity
@@ -124,6 +126,22 @@ def measure(
         differences[CONVERSION] = by_reference[ORIGINAL if checkpoint is original else MERGED]
     differences[COMPRESSION] = by_reference[ORIGINAL]
     return Comparison(len(windows), steps, differences)
+
+
+def measuring_bytes(model: Outline, artifact: int, windows: int, tokens: int) -> int:
+    """Return the memory that ``measure`` takes at most, the runtime's process included.
+
+    Args:
+        model: the original.
+        artifact: bytes of the artifact: a runtime may hold a copy of it in another layout.
+        windows: evaluation windows.
+        tokens: in each of them.
+    """
+    states = 2 * 4 * windows * tokens * model.hidden_size  # of the original and the checkpoint
+    # A window's log-probabilities in float32: of the original, the checkpoint and the artifact, the next window's
+    # while these are still held, and the runtime's own rows.
+    log_probs = 6 * 4 * tokens * model.vocab_size
+    return layer_pass_bytes(model) + states + log_probs + artifact
 
 
 def _step(name: str, runtime: Runtime, nll: Values, bytes_per_token: float | None) -> Step:

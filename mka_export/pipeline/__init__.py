@@ -3,15 +3,27 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from contextlib import nullcontext
 from pathlib import Path
 
+from rich.console import Console
+
 from mka_export.errors import UsageError
-from mka_export.options import ConvertOptions, DeviceOptions, LimitOptions, MergeOptions, OutputOptions, TextOptions
+from mka_export.options import (
+    ConvertOptions,
+    DeviceOptions,
+    LimitOptions,
+    MergeOptions,
+    OutputOptions,
+    PreviewOptions,
+    TextOptions,
+)
 from mka_export.pipeline.export import REPORT, Export
 from mka_export.pipeline.job import Job
+from mka_export.pipeline.machine import examine
 from mka_export.pipeline.requests import check_merge, given_limits, load_targets
-from mka_export.report import write_report
+from mka_export.report import print_forecast, print_machine, write_report
 from mka_export.target import Artifact, Limits, Target
 from mka_export.workspace import Workspace, file_sha256
 
@@ -26,23 +38,35 @@ def run(
     limits: LimitOptions,
     device: DeviceOptions,
     output: OutputOptions,
+    preview: PreviewOptions,
 ) -> int:
     """Merge a model, make every target from it, and measure each against the original; returns the exit code."""
     check_merge(merge)
-    targets = load_targets(convert, limits)
-    with Export(model, targets, texts, device, output, "mka") as export:
+    export = Export(model, merge, load_targets(convert, limits), texts, device, output, "mka")
+    if preview.dry_run:
+        return look_ahead(export)
+    with export:
         return export.export(export.merge(merge))
 
 
 def merge_only(
-    model: str, texts: TextOptions, merge: MergeOptions, device: DeviceOptions, output: OutputOptions
-) -> Path:
-    """Merge a model and stop there; returns the folder of the merged checkpoint."""
+    model: str,
+    texts: TextOptions,
+    merge: MergeOptions,
+    device: DeviceOptions,
+    output: OutputOptions,
+    preview: PreviewOptions,
+) -> int:
+    """Merge a model and stop there; prints the folder of the merged checkpoint; returns the exit code."""
     check_merge(merge)
-    with Export(model, [], texts, device, output, "mka") as export:
+    export = Export(model, merge, [], texts, device, output, "mka")
+    if preview.dry_run:
+        return look_ahead(export)
+    with export:
         merged = export.merge(merge)
         export.write_manifest()
-        return merged.path
+        print(merged.path)
+        return 0
 
 
 def convert_only(
@@ -52,11 +76,47 @@ def convert_only(
     limits: LimitOptions,
     device: DeviceOptions,
     output: OutputOptions,
+    preview: PreviewOptions,
 ) -> int:
     """Make every target from a model as it is, and measure each against it; returns the exit code."""
-    targets = load_targets(convert, limits)
-    with Export(model, targets, texts, device, output, "export") as export:
+    export = Export(model, None, load_targets(convert, limits), texts, device, output, "export")
+    if preview.dry_run:
+        return look_ahead(export)
+    with export:
         return export.export(export.original)
+
+
+def look_ahead(export: Export) -> int:
+    """Print what a job will take of this machine; returns 0 where it has that, else 1."""
+    forecast = export.forecast()
+    if export.output.json:
+        print(json.dumps(forecast, indent=2, ensure_ascii=False))
+    else:
+        print_forecast(forecast, Console())
+    return 1 if forecast["shortfalls"] else 0
+
+
+def doctor(model: str | None, ratio: float | None, to: tuple[str, ...], *, as_json: bool) -> int:
+    """Print what is installed and usable, and what a job will take; returns 1 where something is missing, else 0."""
+    forecast = None
+    if model is not None:
+        merge = MergeOptions(ratio=ratio) if ratio is not None else None
+        if merge is not None:
+            check_merge(merge)
+        targets = load_targets(ConvertOptions(to=to), LimitOptions()) if to else []
+        forecast = Export(model, merge, targets, TextOptions(), DeviceOptions(), OutputOptions(), "mka").forecast()
+    elif ratio is not None or to:
+        raise UsageError("--ratio and --to are for a MODEL", "For example: mka-export doctor llama3-8b --to gguf-q4")
+    machine = examine()
+    if as_json:
+        print(json.dumps({"machine": machine, "job": forecast}, indent=2, ensure_ascii=False))
+    else:
+        print_machine(machine, Console())
+        if forecast is not None:
+            print()
+            print_forecast(forecast, Console())
+    broken = any(runtime["error"] for runtime in machine["runtimes"].values())
+    return 1 if broken or (forecast and forecast["shortfalls"]) else 0
 
 
 def check(

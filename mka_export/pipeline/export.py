@@ -11,12 +11,20 @@ from typing import Any
 import torch
 
 from mka_export.errors import ConversionError, UsageError
+from mka_export.inputs import CALIBRATION_WINDOW
+from mka_export.merge.needs import merge_need
 from mka_export.merge.plan import Plan, read_plan
 from mka_export.merge.stage import ACTIVATIONS, PLAN, Settings, layers_to_remove, merge_stage
-from mka_export.models.activations import Activations, calibrate
+from mka_export.models.activations import Activations, calibrate, calibration_need
 from mka_export.models.checkpoint import Checkpoint, read_json
+from mka_export.models.expected import expected_outline, fetch_need
+from mka_export.models.outline import Outline
+from mka_export.models.sources import cache_folder
+from mka_export.needs import Need
 from mka_export.options import DeviceOptions, MergeOptions, OutputOptions, TextOptions
+from mka_export.parity.comparison import measuring_bytes
 from mka_export.parity.verdict import judge
+from mka_export.pipeline.forecast import Forecast, left_to_do
 from mka_export.pipeline.job import PACKAGES, Job, stem, versions
 from mka_export.report import write_report
 from mka_export.target import Artifact, Target, load_converter
@@ -32,6 +40,7 @@ class Export(Job):
     Use as a context manager: the folder is locked, and the model fetched, inside.
 
     Args:
+        merge: how the model will be merged first; None where it is converted as it is.
         targets: what to make.
         suffix: of the output folder's name, after the model's, where ``--out`` is not given.
 
@@ -43,6 +52,7 @@ class Export(Job):
     def __init__(
         self,
         model: str,
+        merge: MergeOptions | None,
         targets: Sequence[Target],
         texts: TextOptions,
         device: DeviceOptions,
@@ -50,7 +60,7 @@ class Export(Job):
         suffix: str,
     ) -> None:
         super().__init__(model, texts, device, output, f"{stem(model)}-{suffix}")
-        self.targets = targets
+        self.planned, self.targets = merge, targets
         self._merge_report: dict[str, Any] | None = None
 
     def __enter__(self) -> Export:
@@ -59,6 +69,7 @@ class Export(Job):
             self.workspace = stack.enter_context(Workspace(self.out, self.progress))
             self.open()
             self._check_targets()
+            self._check_room()
             self._exit = stack.pop_all()
         return self
 
@@ -74,13 +85,50 @@ class Export(Job):
                 )
             load_converter(target.converter).check(self.original, target)
 
+    def _check_room(self) -> None:
+        forecast = self._forecast(Outline.of_checkpoint(self.original), self.original.path, Need())
+        forecast.require_disk()
+        if shortfall := forecast.memory_shortfall:
+            self.progress.say(f"the job may need {shortfall}: it may become slow, or fail")
+
+    def forecast(self) -> dict[str, Any]:
+        """Return what the job will take, for JSON; the model need not be there, and is not fetched.
+
+        Raises:
+            SourceError, CheckpointError, UnsupportedError: the model cannot be had, or read.
+            UsageError: the ratio or the plan does not fit the model.
+        """
+        model = expected_outline(self.source)
+        found = self._forecast(model, *fetch_need(self.source, model, cache_folder())).to_dict()
+        source = {"name": self.source.name, "kind": self.source.kind, "id": self.source.id}
+        return {"source": source, **found}
+
+    def _forecast(self, model: Outline, cache: Path, fetch: Need) -> Forecast:
+        assert self.out is not None
+        stages: dict[str, Need] = {}
+        method, layers, tokens = None, model.num_layers, self.texts.calibration_tokens
+        if self.planned is not None:
+            settings = self._settings(self.planned, model.architecture.name, layers)
+            layers -= len(settings.steps) if isinstance(settings, Plan) else settings.remove
+            method = settings.method
+            stages[MERGED] = merge_need(model, model.num_layers - layers, method, tokens, CALIBRATION_WINDOW)
+        elif any(target.activations for target in self.targets):
+            stages[CALIBRATION] = calibration_need(model, tokens)
+        shallow = model.with_layers(layers)
+        for target in self.targets:
+            made = load_converter(target.converter).need(shallow, target)
+            stages[target.name] = made
+            windows = (self.texts.windows, self.texts.window_tokens)
+            stages[f"{PARITY}/{target.name}"] = Need(memory=measuring_bytes(model, made.kept, *windows))
+        return Forecast(model, layers, method, cache, fetch, self.out, left_to_do(self.out, stages))
+
     def merge(self, options: MergeOptions) -> Checkpoint:
         """Publish the merged checkpoint, with its plan, heat map and activations.
 
         Raises:
             UsageError: the ratio or the plan does not fit the model.
         """
-        settings = self._settings(options)
+        settings = self._settings(options, self.original.architecture.name, self.original.num_layers)
         inputs = {
             **self._inputs(self.original),
             "calibration": self.calibration.sha256,
@@ -108,14 +156,12 @@ class Export(Job):
         }
         return Checkpoint.open(stage.path)
 
-    def _settings(self, options: MergeOptions) -> Settings | Plan:
-        layers = self.original.num_layers
+    def _settings(self, options: MergeOptions, family: str, layers: int) -> Settings | Plan:
         if options.plan is None:
             assert options.ratio is not None
             remove = layers_to_remove(options.ratio, layers, options.protect)
             return Settings(remove, options.method, options.schedule, options.protect, options.alpha)
         plan = read_plan(options.plan)
-        family = self.original.architecture.name
         if (plan.model["architecture"], plan.model["layers"]) != (family, layers):
             raise UsageError(
                 f"{options.plan} is for {plan.model['architecture']} with {plan.model['layers']} layers, "

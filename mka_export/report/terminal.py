@@ -12,6 +12,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from mka_export.needs import size
+
 STYLES = {"pass": "bold white on green", "fail": "bold white on red", "inconclusive": "bold black on yellow"}
 COLOURS = {"pass": "green", "fail": "red", "inconclusive": "yellow"}
 NONE = "–"
@@ -53,7 +55,7 @@ def _about_the_model(report: Mapping[str, Any]) -> Iterator[str]:
     pinned = f" at {source['revision'][:12]}" if source.get("revision") else ""
     yield (
         f"Model     {model['name']} ({source['kind']} {source['id']}{pinned}): "
-        f"{model['layers']} layers, {model['parameters'] / 1e6:,.0f} M parameters, {_size(model['nbytes'])}"
+        f"{model['layers']} layers, {model['parameters'] / 1e6:,.0f} M parameters, {size(model['nbytes'])}"
     )
     if merge:
         calibration = merge["calibration"]
@@ -97,7 +99,7 @@ def _about_the_artifact(artifact: Mapping[str, Any]) -> Iterator[str]:
     share = artifact["share_of_original"]
     bits = details.get("bits_per_weight")
     yield (
-        f"Size      {_size(artifact['nbytes'])}"
+        f"Size      {size(artifact['nbytes'])}"
         + (f", {100 * share:.1f} % of the original" if share is not None else "")
         + (f", {bits:.2f} bits a weight" if bits is not None else "")
     )
@@ -153,7 +155,7 @@ def _about_the_run(report: Mapping[str, Any]) -> str:
         for s in report["stages"]
     )
     peak = report["peak_memory_bytes"]
-    return "; ".join(part for part in (stages, f"peak memory {_size(peak)}" if peak is not None else "") if part)
+    return "; ".join(part for part in (stages, f"peak memory {size(peak)}" if peak is not None else "") if part)
 
 
 def _table(title: str, *columns: str) -> Table:
@@ -187,10 +189,6 @@ def _number(value: float | None, digits: int = 4, scale: float = 1) -> str:
 
 def _text(source: str) -> str:
     return "the embedded text" if source == "embedded" else source
-
-
-def _size(nbytes: int) -> str:
-    return f"{nbytes / 1e9:.2f} GB" if nbytes >= 1e9 else f"{nbytes / 1e6:.1f} MB"
 
 
 def _counts(counts: Mapping[str, int]) -> str:

@@ -22,6 +22,7 @@ from safetensors.torch import load_file, save_file
 from transformers import LlamaForCausalLM
 
 from mka_export.models.tokenizer import load_tokenizer
+from mka_export.pipeline.forecast import Forecast
 
 COMMAND = [sys.executable, "-c", "from mka_export.cli import main; main()"]
 RUN = [*MERGE, "--to", "gguf-q8", *SMALL, *LOOSE]
@@ -36,13 +37,13 @@ def start(*arguments: object, **options: object) -> subprocess.Popen[str]:
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)  # type: ignore[call-overload, no-any-return]
 
 
-@pytest.fixture(params=[400, 900, 1800], ids="{} kB".format)
-def small_disk(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Path]:
-    """A real file system that fills up, each size in another stage."""
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A real file system of 64 MB."""
     disk = tmp_path / "disk"
     disk.mkdir()
     mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", f"size={request.param}k", "tmpfs", str(disk)], check=False, capture_output=True
+        ["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", str(disk)], check=False, capture_output=True
     )
     if mounted.returncode:
         pytest.skip(f"cannot mount a small file system: {mounted.stderr.decode().strip()}")
@@ -50,9 +51,34 @@ def small_disk(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Path]
     subprocess.run(["umount", "--lazy", str(disk)], check=True)
 
 
-def test_survived_full_disk(small_disk, pico_llama, published):
-    """the disk fills up in the middle of a stage: one line, and with more room the same command goes on"""
+def fill(disk: Path, left: int) -> Path:
+    """Write a file that leaves ``left`` bytes free."""
+    filler = disk / "filler"
+    with filler.open("wb") as f:
+        f.write(bytes(max(0, shutil.disk_usage(disk).free - left)))
+    return filler
+
+
+def test_refused_small_disk(small_disk, pico_llama):
+    """the disk has too little room for the job: said before it starts"""
+    fill(small_disk, 1_000_000)
+    result = type_in(pico_llama, *RUN, "--out", small_disk / "out", "--quiet")
+    assert result.exit_code == 1
+    (line,) = result.stderr.strip().splitlines()
+    assert "of disk in" in line
+    assert "are free. Free space there, or choose another --out." in line
+    assert visible(small_disk / "out") <= {"manifest.json"}
+
+
+@pytest.mark.parametrize("left", [400, 900, 1800], ids="{} kB are left".format)
+def test_survived_full_disk(left, small_disk, pico_llama, published, monkeypatch):
+    """another program fills the disk in the middle of a stage: one line, and with more room the same command goes on"""
     out = small_disk / "out"
+
+    def fill_after_the_check(self: Forecast) -> None:
+        fill(small_disk, left * 1024)
+
+    monkeypatch.setattr(Forecast, "require_disk", fill_after_the_check)
     result = type_in(pico_llama, *RUN, "--out", out, "--quiet")
     assert result.exit_code in (1, 3), result.output
     assert "Traceback" not in result.output
@@ -63,7 +89,8 @@ def test_survived_full_disk(small_disk, pico_llama, published):
     for stage in visible(out) - {"manifest.json", "report.json", "parity"}:
         record = json.loads((out / stage / "stage.json").read_text())
         assert all((out / stage / name).is_file() for name in record["files"])
-    subprocess.run(["mount", "-o", "remount,size=64m", str(small_disk)], check=True)
+    monkeypatch.undo()
+    (small_disk / "filler").unlink()
     assert type_in(pico_llama, *RUN, "--out", out, "--quiet").exit_code in DONE
     artifact = next(published.rglob("*.gguf")).relative_to(published)
     for file in ("merged/model.safetensors", "merged/plan.json", artifact):

@@ -20,7 +20,9 @@ from mka_export.errors import MkaError, SourceError, UnsupportedError, UsageErro
 from mka_export.models import hub, unpacked
 from mka_export.models.catalog import Entry, catalog
 from mka_export.models.checkpoint import Checkpoint
+from mka_export.models.expected import expected_outline, fetch_need
 from mka_export.models.sources import Source, cache_folder, fetch, resolve
+from mka_export.needs import Need
 from mka_export.progress import Progress
 from mka_export.workspace import write_json
 
@@ -251,7 +253,7 @@ def carrier(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Source:
     monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path / "wheels"))
     monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
     sha256 = hashlib.sha256(GGUF).hexdigest()
-    entry = Entry("pico", "llama", 6, 1, "none", wheel="carrier==1.0", member="carrier/model.gguf", sha256=sha256)
+    entry = Entry("pico", "llama", 6, 1, "none", {}, wheel="carrier==1.0", member="carrier/model.gguf", sha256=sha256)
     return Source("pico", "wheel", entry.wheel, None, entry)
 
 
@@ -321,23 +323,31 @@ class FakeHub:
     def __init__(self, folder: Path, snapshots: Path) -> None:
         self.folder, self.snapshots = folder, snapshots
         self.names = [p.name for p in folder.iterdir()]
+        self.file_size = 1000
         self.asked: list[Any] = []
         self.info_error: Exception | None = None
         self.download_error: Exception | None = None
 
-    def model_info(self, model: str, *, revision: str | None = None) -> SimpleNamespace:
+    def model_info(self, model: str, *, revision: str | None = None, files_metadata: bool) -> SimpleNamespace:
         if self.info_error:
             raise self.info_error
-        return SimpleNamespace(sha=COMMIT, siblings=[SimpleNamespace(rfilename=name) for name in self.names])
+        siblings = [SimpleNamespace(rfilename=name, size=self.file_size) for name in self.names]
+        return SimpleNamespace(sha=COMMIT, siblings=siblings)
 
     def snapshot_download(
-        self, model: str, *, revision: str | None, allow_patterns: list[str], local_files_only: bool = False
+        self,
+        model: str,
+        *,
+        revision: str | None,
+        allow_patterns: list[str] | None = None,
+        local_files_only: bool = False,
     ) -> str:
         final = self.snapshots / COMMIT
         if local_files_only:
             if not (final / "model.safetensors").exists():
                 raise hub_errors.LocalEntryNotFoundError("not cached")
             return str(final)
+        assert allow_patterns is not None
         if self.download_error:
             raise self.download_error
         self.asked.append((revision, allow_patterns))
@@ -379,6 +389,24 @@ def test_an_unsupported_config_is_refused_before_the_weights_travel(fake_hub: Fa
     with pytest.raises(UnsupportedError, match="Jamba"):
         fetch(resolve("org/model"), tmp_path, QUIET)
     assert [patterns for _, patterns in fake_hub.asked] == [["config.json"]]
+
+
+def test_a_model_for_which_there_is_no_room_is_not_fetched(fake_hub: FakeHub, tmp_path: Path) -> None:
+    fake_hub.file_size = 10**15
+    with pytest.raises(MkaError, match=r"fetching org/model needs \d+\.00 GB in .*, .* are free.*HF_HOME"):
+        fetch(resolve("org/model"), tmp_path, QUIET)
+    assert [patterns for _, patterns in fake_hub.asked] == [["config.json"]]
+
+
+def test_what_a_hub_model_takes_is_known_from_its_config(fake_hub: FakeHub, tmp_path: Path) -> None:
+    source = resolve("org/model")
+    model = expected_outline(source)
+    assert [patterns for _, patterns in fake_hub.asked] == [["config.json"]]
+    weights = (fake_hub.folder / "model.safetensors").stat().st_size
+    assert 0.9 * weights < model.nbytes < weights
+    assert fetch_need(source, model, tmp_path)[1] == Need(kept=model.nbytes)
+    fetch(source, tmp_path, QUIET)
+    assert fetch_need(source, model, tmp_path)[1] == Need()
 
 
 @pytest.mark.parametrize(

@@ -53,11 +53,11 @@ class Runtime(Protocol):
         """Free the model."""
 
 
-# name -> "module:attribute" of a function (path: Path, **options) -> Runtime. All but torch, which is the
-# reference, run in a process of their own.
+# name -> module with open_runtime (path: Path, **options) -> Runtime, and devices () -> list[str]. All but torch,
+# which is the reference, run in a process of their own.
 RUNTIMES = {
-    "torch": "mka_export.parity.runtimes.torch_runtime:open_runtime",
-    "llama.cpp": "mka_export.parity.runtimes.llama_cpp_runtime:open_runtime",
+    "torch": "mka_export.parity.runtimes.torch_runtime",
+    "llama.cpp": "mka_export.parity.runtimes.llama_cpp_runtime",
 }
 
 
@@ -70,8 +70,7 @@ def open_runtime(name: str, path: Path, **options: object) -> Runtime:
     """
     if name not in RUNTIMES:
         raise UsageError(unknown_name("runtime", name, RUNTIMES))
-    module, _, attribute = RUNTIMES[name].partition(":")
-    opener = getattr(import_module(module), attribute)
+    opener = import_module(RUNTIMES[name]).open_runtime
     if name == "torch":
         return cast(Runtime, opener(path, **options))
     from mka_export.parity.runtimes.isolated import IsolatedRuntime

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from importlib import import_module
 from multiprocessing.connection import Connection
 from pathlib import Path
 from types import MappingProxyType
@@ -11,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from mka_export.child import Child
-from mka_export.parity.runtimes import LogProbs, Runtime, Windows
+from mka_export.parity.runtimes import RUNTIMES, LogProbs, Runtime, Windows
 
 ROWS = 128  # of log-probabilities in one message: 78 MB at a vocabulary of 152 000
 
@@ -71,6 +72,21 @@ class IsolatedRuntime:
     def _call(self, method: str, *args: object) -> Any:
         self._child.send((method, *args))
         return self._child.receive()
+
+
+def usable_devices(name: str) -> list[str]:
+    """Return where the runtime called ``name`` can compute; its library is loaded in a process of its own.
+
+    Raises:
+        RuntimeFailure: it is not installed, or crashes.
+    """
+    with Child(name, _send_devices, RUNTIMES[name]) as child:
+        devices: list[str] = child.receive()
+        return devices
+
+
+def _send_devices(connection: Connection, module: str) -> None:
+    connection.send(import_module(module).devices())
 
 
 def _serve(connection: Connection, opener: Callable[..., Runtime], path: Path, options: dict[str, object]) -> None:

@@ -200,6 +200,11 @@ def open_runtime(path: Path, *, gpu_layers: int = 0, threads: int | None = None)
     return LlamaCppRuntime(path, gpu_layers=gpu_layers, threads=threads)
 
 
+def devices() -> list[str]:
+    """Return where llama.cpp can compute."""
+    return [f"cpu ({_usable_cores()} threads)", *(["gpu"] if llama_cpp.llama_supports_gpu_offload() else [])]
+
+
 def log_softmax(logits: NDArray[np.float32]) -> None:
     """Turn each row of ``logits`` (rows, vocabulary) into natural log-probabilities, in place.
 

@@ -112,6 +112,12 @@ def open_runtime(path: Path, *, device: str = "cpu", progress: Progress | None =
     return TorchRuntime(path, device=device, progress=progress)
 
 
+def devices() -> list[str]:
+    """Return where torch can compute."""
+    cuda = [f"cuda:{i} ({torch.cuda.get_device_name(i)})" for i in range(torch.cuda.device_count())]
+    return [f"cpu ({torch.get_num_threads()} threads)", *cuda]
+
+
 def _end_ids(checkpoint: Checkpoint, tokenizer_end: int | None) -> set[int]:
     """Return every id that config, generation config or tokenizer name as the end of a text."""
     generation = checkpoint.path / "generation_config.json"

@@ -1,0 +1,215 @@
+"""Memory of the main job, stage by stage: a checkpoint with random weights goes through merging, GGUF and llama.cpp.
+
+python benchmarks/memory.py FOLDER --tokens 2048,16384                                        # Llama-3-8B's shape
+python benchmarks/memory.py FOLDER --layers 12,24 --hidden 1024 --mlp 3584 --heads 16 --kv-heads 4 --vocab 32000
+
+Counted is the anonymous memory (RssAnon of Linux's /proc) of the command and all its child processes together, read
+every tenth of a second: pages of mapped model files can be dropped at any time, and do not count. Random weights say
+nothing about quality, so the evaluation is as short as it can be.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import shlex
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import click
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from mka_export.models.checkpoint import CheckpointWriter
+from mka_export.models.text import load_text
+
+INTERVAL = 0.1  # seconds
+VOCABULARY = 1024  # of the tokenizer; the other rows of the embedding are padding
+FINISHED = (0, 3, 4)  # exit codes: a verdict was reached, whatever it is
+
+
+def make_model(folder: Path, config: LlamaConfig) -> None:
+    """Write a checkpoint with random weights in bfloat16, scaled so that the residual stream stays moderate."""
+    folder.mkdir(parents=True)
+    make_tokenizer(folder)
+    with torch.device("meta"):
+        shapes = {name: tensor.shape for name, tensor in LlamaForCausalLM(config).state_dict().items()}
+    torch.manual_seed(0)
+    with CheckpointWriter(folder) as writer:
+        for name, shape in shapes.items():
+            tensor = torch.empty(shape)
+            if len(shape) == 1:
+                tensor.fill_(1.0)
+            else:
+                out = name.endswith(("o_proj.weight", "down_proj.weight"))
+                tensor.normal_(0, 1.0 if "embed" in name else (0.2 if out else 1.0) / shape[1] ** 0.5)
+            writer.add(name, tensor.bfloat16())
+    config.save_pretrained(folder)
+
+
+def make_tokenizer(folder: Path) -> None:
+    """Train a small byte-level BPE on our own text."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY,
+        special_tokens=[AddedToken(t, special=True) for t in ("<|begin|>", "<|end|>")],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator([load_text("calibration", None).text], trainer)
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<|begin|>", eos_token="<|end|>")
+    fast.save_pretrained(folder)
+
+
+def anonymous_bytes(pid: int) -> int:
+    """Return RssAnon of a process and all its descendants."""
+    total, todo = 0, [pid]
+    while todo:
+        process = Path("/proc") / str(todo.pop())
+        try:
+            lines = (process / "status").read_text().splitlines()
+            todo += map(int, (process / "task" / process.name / "children").read_text().split())
+        except OSError:  # it ended meanwhile
+            continue
+        total += sum(int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon:"))
+    return total
+
+
+@dataclass
+class Watched:
+    """What was seen of one run.
+
+    Attributes:
+        peaks: stage, as the command names it on stderr -> (seconds, peak of anonymous memory in bytes).
+    """
+
+    seconds: float = 0.0
+    peaks: dict[str, tuple[float, int]] = field(default_factory=dict)
+
+    @property
+    def peak(self) -> int:
+        """The largest of all."""
+        return max(peak for _, peak in self.peaks.values())
+
+    def add(self, stage: str, seconds: float, peak: int) -> None:
+        """Add one reading."""
+        before, largest = self.peaks.get(stage, (0.0, 0))
+        self.peaks[stage] = before + seconds, max(largest, peak)
+
+
+def watch(command: list[str]) -> Watched:
+    """Run a command to its end, reading its memory all the time."""
+    watched, stage, start = Watched(), "start", time.monotonic()
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    said: list[str] = []
+
+    def listen() -> None:
+        nonlocal stage
+        assert process.stderr is not None
+        for line in process.stderr:
+            said.append(line)
+            if line.startswith("  ") and line.rstrip().endswith("..."):
+                stage = line.strip().removesuffix(" ...")
+                print(f"  {time.monotonic() - start:7.0f} s  {stage}", file=sys.stderr, flush=True)
+
+    listener = threading.Thread(target=listen)
+    listener.start()
+    last = start
+    while process.poll() is None:
+        time.sleep(INTERVAL)
+        now = time.monotonic()
+        watched.add(stage, now - last, anonymous_bytes(process.pid))
+        last = now
+    listener.join()
+    watched.seconds = time.monotonic() - start
+    if process.returncode not in FINISHED:
+        sys.exit(f"{shlex.join(command)}\n{''.join(said[-5:])}ended with exit code {process.returncode}")
+    return watched
+
+
+def numbers(_context: object, _parameter: object, value: str) -> list[int]:
+    return [int(part) for part in value.split(",")]
+
+
+@click.command()
+@click.argument("folder", type=click.Path(path_type=Path))
+@click.option("--layers", default="32", callback=numbers, help="One run for each, comma-separated.")
+@click.option("--tokens", default="2048", callback=numbers, help="Calibration tokens; one run for each.")
+@click.option("--hidden", default=4096)
+@click.option("--mlp", default=14336)
+@click.option("--heads", default=32)
+@click.option("--kv-heads", default=8)
+@click.option("--vocab", default=128256)
+@click.option("--ratio", default=0.4)
+@click.option("--to", default="gguf-q4")
+@click.option("--method", default="mka")
+def main(
+    folder: Path,
+    layers: list[int],
+    tokens: list[int],
+    hidden: int,
+    mlp: int,
+    heads: int,
+    kv_heads: int,
+    vocab: int,
+    ratio: float,
+    to: str,
+    method: str,
+) -> None:
+    """Make the models in FOLDER (kept there), run the main job on each, print a table."""
+    peaks = []
+    for count, budget in itertools.product(layers, tokens):
+        config = LlamaConfig(
+            architectures=["LlamaForCausalLM"],
+            vocab_size=vocab,
+            hidden_size=hidden,
+            intermediate_size=mlp,
+            num_hidden_layers=count,
+            num_attention_heads=heads,
+            num_key_value_heads=kv_heads,
+            max_position_embeddings=8192,
+            rope_parameters={"rope_type": "default", "rope_theta": 500000.0},
+            bos_token_id=0,
+            eos_token_id=1,
+            tie_word_embeddings=False,
+            dtype="bfloat16",
+        )
+        model = folder / f"{count}x{hidden}x{mlp}x{vocab}"
+        if not (model / "config.json").exists():  # it is written last
+            make_model(model, config)
+        size = sum(file.stat().st_size for file in model.glob("*.safetensors"))
+        out = folder / f"{model.name}-{budget}"
+        command = [sys.executable, "-c", "from mka_export.cli import main; main()", str(model), "--out", str(out)]
+        command += ["--ratio", str(ratio), "--to", to, "--method", method, "--device", "cpu", "--window-tokens", "64"]
+        command += ["--calibration-tokens", str(budget), "--windows", "2"]
+        print(f"{count} layers, hidden {hidden}, MLP {mlp}, vocabulary {vocab}, {size / 1e9:.1f} GB of bfloat16;")
+        print(f"--ratio {ratio} --to {to} --method {method} --calibration-tokens {budget}\n", flush=True)
+        watched = watch(command)
+        peaks.append((count, budget, watched.peak))
+        print(f"{'stage':44}  {'seconds':>8}  peak RssAnon, GB")
+        for stage, (seconds, peak) in watched.peaks.items():
+            print(f"{stage:44}  {seconds:8.0f}  {peak / 1e9:16.2f}")
+        print(f"{'in all':44}  {watched.seconds:8.0f}  {watched.peak / 1e9:16.2f}\n")
+        (target,) = json.loads((out / "report.json").read_text())["targets"]
+        if target["artifact"] is None or target["comparisons"] is None:
+            sys.exit(f"no artifact that runs: {target['error']}")
+        kept = json.loads((out / "merged" / "config.json").read_text())["num_hidden_layers"]
+        made = f"{target['artifact']['nbytes'] / 1e9:.2f} GB, {kept} layers"
+        print(f"{made}; llama.cpp continues {target['samples'][0]['artifact']!r}\n", flush=True)
+    first = peaks[0][2]
+    print("layers  calibration tokens  peak RssAnon, GB  to the first")
+    for count, budget, peak in peaks:
+        print(f"{count:6}  {budget:18}  {peak / 1e9:16.2f}  {peak / first:12.2f}")
+
+
+if __name__ == "__main__":
+    main()
