@@ -4,7 +4,7 @@ python benchmarks/memory.py FOLDER --tokens 2048,16384                          
 python benchmarks/memory.py FOLDER --layers 12,24 --hidden 1024 --mlp 3584 --heads 16 --kv-heads 4 --vocab 32000
 
 Counted is the anonymous memory (RssAnon of Linux's /proc) of the command and all its child processes together, read
-every tenth of a second: pages of mapped model files can be dropped at any time, and do not count. Random weights say
+four times a second: pages of mapped model files can be dropped at any time, and do not count. Random weights say
 nothing about quality, so the evaluation is as short as it can be.
 """
 
@@ -27,7 +27,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from mka_export.models.checkpoint import CheckpointWriter
 from mka_export.models.text import load_text
 
-INTERVAL = 0.1  # seconds
+INTERVAL = 0.25  # seconds
 VOCABULARY = 1024  # of the tokenizer; the other rows of the embedding are padding
 FINISHED = (0, 3, 4)  # exit codes: a verdict was reached, whatever it is
 
