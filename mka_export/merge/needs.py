@@ -50,7 +50,7 @@ def _competition_bytes(model: Outline, tokens: int) -> int:
 
 
 def _ridge_values(rows: int, features: int, outputs: int) -> int:
-    """What ``ridge`` holds: a Gram matrix and its factor, the change of the weights, and A where that is smaller."""
+    """What ``ridge`` holds: a Gram matrix and its factor, then the change of the weights, and A where that is smaller."""
     if rows < features:
-        return rows * (features + 2 * rows + 2 * outputs) + 2 * outputs * features
+        return rows * (features + 2 * outputs) + max(2 * rows * rows, 2 * outputs * features)
     return 2 * features * (features + 2 * outputs)

@@ -93,8 +93,11 @@ def _in_rows(blocks: Blocks, rows: int, prior: Tensor) -> Fit:
         kernel[start:, start : start + _COLUMNS] = a[start:] @ a[start : start + _COLUMNS].T
     kernel.diagonal().add_(1.0)
     left = _solve(kernel, residual)
-    weights = prior + (a.T @ left / (scale[:, None] * RIDGE**0.5)).T
-    return Fit(weights, scale / rows**0.5, _energy(left) / energy)
+    del kernel
+    change = a.T @ left
+    del a
+    change /= scale[:, None] * RIDGE**0.5
+    return Fit(prior + change.T, scale / rows**0.5, _energy(left) / energy)
 
 
 def _scale(squares: Tensor) -> Tensor:
