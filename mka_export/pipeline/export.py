@@ -36,7 +36,7 @@ class Export(Job):
         suffix: of the output folder's name, after the model's, where ``--out`` is not given.
 
     Raises:
-        UsageError: besides what ``Job`` checks, a target is not for the model's family.
+        UsageError: besides what ``Job`` checks, a target is not for the model's family, or would replace the model.
         ConversionError, UnsupportedError: a converter cannot make a target from this model.
     """
 
@@ -72,14 +72,24 @@ class Export(Job):
                 raise UsageError(
                     f"target {target.name} is for {', '.join(target.families)}, not {family}", "Choose another --to."
                 )
+            self._spare_the_model(target.name)
             load_converter(target.converter).check(self.original, target)
+
+    def _spare_the_model(self, stage: str) -> None:
+        """Check that publishing ``stage`` would not replace the folder that the model comes from."""
+        folder, model = (self.workspace.path / stage).resolve(), Path(self.source.id)
+        if self.source.kind in ("directory", "gguf") and folder in (model, *model.parents):
+            raise UsageError(
+                f"{folder} would be replaced, and holds the model {self.source.name}", "Choose another --out."
+            )
 
     def merge(self, options: MergeOptions) -> Checkpoint:
         """Publish the merged checkpoint, with its plan, heat map and activations.
 
         Raises:
-            UsageError: the ratio or the plan does not fit the model.
+            UsageError: the ratio or the plan does not fit the model, or the model lies where the result is to stand.
         """
+        self._spare_the_model(MERGED)
         settings = self._settings(options)
         inputs = {
             **self._inputs(self.original),
