@@ -36,13 +36,14 @@ class Child:
     def __init__(self, what: str, function: Callable[..., None], *args: object, patience: float = PATIENCE) -> None:
         self.what, self.patience = what, patience
         context = multiprocessing.get_context("spawn")
-        self._stderr = tempfile.NamedTemporaryFile(prefix="mka-export-")  # noqa: SIM115 (closed in close)
+        self._stderr = tempfile.TemporaryFile()  # noqa: SIM115 (closed in close); it has no name that could stay
         self._connection, other = context.Pipe()
-        self._process = context.Process(
-            target=_main, args=(other, self._stderr.name, os.getpid(), function, args), daemon=True
-        )
+        # A connection is what multiprocessing knows to pass on; this one is to the file.
+        log = Connection(os.dup(self._stderr.fileno()), readable=False)
+        self._process = context.Process(target=_main, args=(other, log, os.getpid(), function, args), daemon=True)
         self._process.start()
         other.close()
+        log.close()
 
     def send(self, message: object) -> None:
         """Send a message; that the process is gone shows in the next ``receive``."""
@@ -92,14 +93,13 @@ class Child:
 
 
 def _main(
-    connection: Connection, stderr: str, parent: int, function: Callable[..., None], args: tuple[object, ...]
+    connection: Connection, log: Connection, parent: int, function: Callable[..., None], args: tuple[object, ...]
 ) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which ends this process
     _die_with(parent)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     os.environ["GGML_NO_BACKTRACE"] = "1"  # or a debugger is started on a crash
-    log = os.open(stderr, os.O_WRONLY | os.O_APPEND)
-    os.dup2(log, sys.stderr.fileno())
+    os.dup2(log.fileno(), sys.stderr.fileno())
     try:
         function(connection, *args)
     except MkaError as error:

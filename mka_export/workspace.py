@@ -81,8 +81,8 @@ class Workspace:
             ) from error
         if not (self.path / MANIFEST).exists():
             self.write_manifest({})
-        for left in self.path.glob(".*.making"):  # of a run that was killed
-            shutil.rmtree(left, ignore_errors=True)
+        for folder in (self.path, *(p.parent for p in self.path.glob("*/.*.making"))):  # stages may lie one deeper
+            clear_scratch(folder)
         return self
 
     def __exit__(
@@ -155,6 +155,14 @@ def check_ours(path: Path) -> None:
             f"{path} holds files that mka-export did not make ({', '.join(others[:3])})",
             "Choose another --out; nothing was changed.",
         )
+
+
+def clear_scratch(folder: Path) -> None:
+    """Remove what killed runs left half-made in ``folder``, which nobody else may be using."""
+    for left in folder.glob(".*.making"):
+        shutil.rmtree(left, ignore_errors=True)
+    for left in folder.glob(".*.writing"):
+        left.unlink(missing_ok=True)
 
 
 @contextmanager

@@ -9,7 +9,7 @@ from mka_export.errors import MkaError
 from mka_export.models.checkpoint import Checkpoint
 from mka_export.models.gguf_source import gguf_to_checkpoint
 from mka_export.progress import Progress
-from mka_export.workspace import publish_folder
+from mka_export.workspace import clear_scratch, publish_folder
 
 SEAL = "fingerprint.txt"  # beside the checkpoint's files: what Checkpoint.fingerprint was when they were made
 
@@ -25,7 +25,7 @@ def checkpoint_from_gguf(file: Path, sha256: str, cache: Path, progress: Progres
     Args:
         file: the GGUF file.
         sha256: of that file. Folders are named by it and by our version, which may unpack differently.
-        cache: the cache folder.
+        cache: the cache folder, which nobody else may be using.
         progress: where to say what is done.
 
     Raises:
@@ -37,6 +37,7 @@ def checkpoint_from_gguf(file: Path, sha256: str, cache: Path, progress: Progres
         if _is_sound(final):
             return final
         progress.say(f"{final} is damaged: unpacking {file.name} again")
+    clear_scratch(final.parent)
     with publish_folder(final) as folder:
         gguf_to_checkpoint(file, folder, progress)
         (folder / SEAL).write_text(Checkpoint.open(folder).fingerprint + "\n", encoding="utf-8")

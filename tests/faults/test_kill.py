@@ -1,0 +1,262 @@
+"""Killed"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import multiprocessing
+import os
+import random
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable
+from fnmatch import fnmatch
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+
+import psutil
+import pytest
+from fault_tools import DONE, LOOSE, SMALL, contents, type_in
+from mka_gguf import conversion
+
+from mka_export.cli import main
+from mka_export.merge import stage
+from mka_export.pipeline import job
+from mka_export.workspace import file_sha256
+
+PAIRS = 2
+RUN = ["--ratio", "0.4", "--protect", "1", "--to", "gguf-q8", *SMALL, *LOOSE, "--quiet"]
+FORK = multiprocessing.get_context("fork")
+# Audit events of the file system. Between two of them nothing changes in a folder but the length of an open file.
+EVENTS = ("open", "os.rename", "os.mkdir", "os.rmdir", "os.remove", "os.chmod", "shutil.rmtree")
+
+Arm = Callable[[Path], None]  # called in a process that is to run a job in that folder: has it die at some instant
+
+
+def watch(out: Path, event: str, pattern: str, then: Callable[[], object]) -> None:
+    """Call ``then`` before each such event of this process on a path in ``out`` that fits the pattern."""
+
+    def hook(name: str, arguments: tuple[object, ...]) -> None:
+        if name in EVENTS and fnmatch(name, event) and isinstance(arguments[0], str | os.PathLike):
+            path = Path(arguments[0])
+            if path.is_relative_to(out) and fnmatch(path.relative_to(out).as_posix(), pattern):
+                then()
+
+    sys.addaudithook(hook)
+
+
+def before(event: str, pattern: str, n: int = 1) -> Arm:
+    """Die just before the n-th such event."""
+
+    def arm(out: Path) -> None:
+        earlier = iter(range(1, n))
+        watch(out, event, pattern, lambda: next(earlier, None) or die())
+
+    return arm
+
+
+def inside(module: ModuleType, function: str) -> Arm:
+    """Die where the job calls a function for the first time."""
+    return lambda out: setattr(module, function, die)
+
+
+def while_quantizing(out: Path) -> None:
+    """Die when the quantizer, a process of its own, has done its first tensor."""
+    quantize = conversion.quantize
+    conversion.quantize = lambda *arguments: quantize(*arguments[:-1], SimpleNamespace(advance=die))
+
+
+def die(*_: object, **__: object) -> None:
+    children = [str(child.pid) for child in multiprocessing.active_children()]
+    (Path(tempfile.gettempdir()) / "children").write_text("\n".join(children))
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+STAGES: dict[str, Arm] = {  # in the order of the job, so that one job can be killed at each in turn
+    "the output folder has just been made": before("open", ".lock"),
+    "the states of the layers are being computed": before("open", ".merged.pieces/states-*/all/original-4.f32"),
+    "the first pair is written but not sealed": before("open", ".merged.pieces/.pair-1.safetensors.seal.writing"),
+    "the second pair is being written": before("os.rename", ".merged.pieces/.pair-2.safetensors.writing"),
+    "the merged checkpoint is whole but not published": before("os.rename", ".merged.making"),
+    "the unquantized file is written but not sealed": before("open", ".gguf-q8.pieces/.unquantized.gguf.seal.writing"),
+    "llama.cpp's quantizer is at work": while_quantizing,
+    "the artifact is whole but not published": before("os.rename", ".gguf-q8.making"),
+    "the artifact is being measured": inside(job, "measure"),
+    "the measurement is whole but not published": before("os.rename", "parity/.gguf-q8.making"),
+    "the report is being written": before("os.rename", ".report.json.writing"),
+}
+BETWEEN: dict[str, Arm] = {
+    "the first manifest is being written": before("os.rename", ".manifest.json.writing"),
+    "the equations of the first pair are being written": before("open", ".merged.pieces/states-*/all/fit-weights.f32"),
+    "the first pair is being written": before("os.rename", ".merged.pieces/.pair-1.safetensors.writing"),
+    "the first pair is sealed": before("os.remove", ".merged.pieces/.pair-1.safetensors.seal.writing"),
+    "the second pair is written but not sealed": before("open", ".merged.pieces/.pair-2.safetensors.seal.writing"),
+    "the merged checkpoint is being written": before("open", ".merged.making/config.json"),
+    "the merged checkpoint lacks its plan": before("open", ".merged.making/plan.json"),
+    "the merged checkpoint is published, its pieces are still there": before("shutil.rmtree", ".merged.pieces", 2),
+    "the unquantized file is being written": before("os.rename", ".gguf-q8.pieces/.unquantized.gguf.writing"),
+    "the unquantized file is sealed": before("os.remove", ".gguf-q8.pieces/.unquantized.gguf.seal.writing"),
+    "the artifact is published, its pieces are still there": before("shutil.rmtree", ".gguf-q8.pieces", 2),
+    "the measurement is published, its pieces are still there": before("shutil.rmtree", "parity/.gguf-q8.pieces", 2),
+    "the last manifest is being written": before("os.rename", ".manifest.json.writing", 2),
+}
+REPLACING: dict[str, Arm] = {
+    "the older checkpoint is put aside, the new one not yet in its place": before("os.rename", ".merged.making"),
+    "the older checkpoint is replaced but not yet removed": before("shutil.rmtree", ".merged.old.making", 2),
+    "the older measurement is put aside, the new one not yet in its place": before(
+        "os.rename", "parity/.gguf-q8.making"
+    ),
+    "the older measurement is replaced but not yet removed": before("shutil.rmtree", "parity/.gguf-q8.old.making", 2),
+}
+
+
+def run_in_fork(model: Path, out: Path, arm: Arm) -> int | None:
+    """Run the main job in a process of its own, and check what it leaves; returns its exit code.
+
+    It is forked, so that it need not import everything again.
+    """
+    scratch = out.with_name("tmp")
+    scratch.mkdir(exist_ok=True)
+
+    def run() -> None:
+        tempfile.tempdir = str(scratch)
+        arm(out)
+        main([str(model), *RUN, "--out", str(out)])
+
+    process = FORK.Process(target=run)
+    process.start()
+    process.join()
+    if (children := scratch / "children").exists():
+        for child in children.read_text().split():
+            wait_for_end(int(child))
+        children.unlink()
+    assert not list(scratch.iterdir())
+    whole(out)
+    return process.exitcode
+
+
+def wait_for_end(process: int) -> None:
+    with contextlib.suppress(psutil.NoSuchProcess):
+        end = time.monotonic() + 10
+        while psutil.Process(process).status() != psutil.STATUS_ZOMBIE:
+            assert time.monotonic() < end, "it outlives the job"
+            time.sleep(0.01)
+
+
+def whole(out: Path) -> None:
+    """Check that what stands under a final name is whole."""
+    for path in out.glob("[!.]*.json"):
+        json.loads(path.read_text())
+    for folder in [*out.glob("[!.]*/"), *out.glob("parity/[!.]*/")]:
+        if folder.is_dir() and folder.name != "parity":
+            files = json.loads((folder / "stage.json").read_text())["files"]
+            assert {name: file_sha256(folder / name) for name in files} == files
+
+
+def lasting(out: Path) -> dict[str, bytes]:
+    """Return what must be the same: all of checkpoint, plan and artifact, but not how long they took."""
+    found = contents(out)
+    return {n: data for n, data in found.items() if n.startswith(("merged/", "gguf-q8/")) and "stage.json" not in n}
+
+
+def finished(out: Path) -> dict[str, tuple[int, int]]:
+    """Return the identity of every file that is published, or sealed as a piece."""
+    files = [file for record in out.rglob("stage.json") for file in record.parent.iterdir()]
+    files += [seal.with_suffix("") for seal in out.glob(".*.pieces/*.seal")]
+    told = {file.relative_to(out).as_posix(): file.stat() for file in files}
+    return {name: (stat.st_ino, stat.st_mtime_ns) for name, stat in told.items() if ".making/" not in name}
+
+
+@pytest.fixture(scope="session")
+def undisturbed(pico_llama, tmp_path_factory) -> tuple[dict[str, bytes], int]:
+    """What a job that is left alone makes, and how many events it takes."""
+    out, events = tmp_path_factory.mktemp("undisturbed") / "out", FORK.Value("i")
+
+    def count() -> None:
+        events.value += 1
+
+    assert run_in_fork(pico_llama, out, lambda out: watch(out, "*", "*", count)) in DONE
+    return lasting(out), events.value
+
+
+@pytest.fixture
+def goes_on(pico_llama, undisturbed, monkeypatch):
+    """``goes_on(out)``: run again, and check that nothing finished is made twice and every byte is the same."""
+    made: Counter[str] = Counter()
+
+    def counted(name: str, function: Callable[..., object]) -> Callable[..., object]:
+        def call(*args: object, **options: object) -> object:
+            made[name] += 1
+            return function(*args, **options)
+
+        return call
+
+    def run(out: Path, *, count: bool = True) -> None:
+        def missing(name: str) -> int:
+            return 0 if (out / name).is_dir() else 1
+
+        def sealed(pattern: str) -> int:
+            return len(list(out.glob(f"{pattern}.seal")))
+
+        unmade = Counter(
+            fit=missing("merged") * (PAIRS - sealed(".merged.pieces/pair-*")),
+            write=missing("gguf-q8") * (1 - sealed(".gguf-q8.pieces/unquantized.gguf")),
+            quantize=missing("gguf-q8"),
+            measure=missing("parity/gguf-q8"),
+        )
+        monkeypatch.setitem(stage.METHODS, "mka", counted("fit", stage.METHODS["mka"]))
+        monkeypatch.setattr(conversion, "write", counted("write", conversion.write))
+        monkeypatch.setattr(conversion, "quantize", counted("quantize", conversion.quantize))
+        monkeypatch.setattr(job, "measure", counted("measure", job.measure))
+        assert type_in(pico_llama, *RUN, "--out", out).exit_code in DONE
+        assert made == unmade or not count
+        assert lasting(out) == undisturbed[0]
+        assert not [p.name for p in out.rglob(".*") if p.name != ".lock"]
+        assert type_in("verify", out, "--quiet").exit_code == 0
+
+    return run
+
+
+def real(values: Iterable[object]) -> list[object]:
+    return [pytest.param(value, marks=pytest.mark.real) for value in values]
+
+
+def test_survived_kill_in_every_stage(pico_llama, goes_on, tmp_path):
+    """kill -9 in every stage of one job, one after the other: what is finished is not touched again"""
+    out, earlier = tmp_path / "out", {}
+    for instant, arm in STAGES.items():
+        assert run_in_fork(pico_llama, out, arm) == -signal.SIGKILL, instant
+        now = finished(out)
+        assert {name: now.get(name, was) for name, was in earlier.items()} == earlier, instant
+        earlier = now
+    goes_on(out)
+
+
+@pytest.mark.parametrize("instant", real([*STAGES, *BETWEEN]))
+def test_survived_kill(instant, pico_llama, goes_on, tmp_path):
+    """kill -9"""
+    out = tmp_path / "out"
+    assert run_in_fork(pico_llama, out, (STAGES | BETWEEN)[instant]) == -signal.SIGKILL
+    goes_on(out)
+
+
+@pytest.mark.parametrize("instant", real(REPLACING))
+def test_survived_kill_while_replacing(instant, pico_llama, published, goes_on, tmp_path):
+    """kill -9 in a job with other settings than the finished one in the same folder"""
+    out = Path(shutil.copytree(published, tmp_path / "out"))
+    assert run_in_fork(pico_llama, out, REPLACING[instant]) == -signal.SIGKILL
+    goes_on(out, count=False)
+
+
+@pytest.mark.parametrize("seed", [0, *real(range(1, 6))], ids="seed {}".format)
+def test_survived_kills(seed, pico_llama, undisturbed, goes_on, tmp_path):
+    """kill -9 three times in one job, at random instants"""
+    draw, out = random.Random(seed), tmp_path / "out"
+    for kill in range(3):
+        code = run_in_fork(pico_llama, out, before("*", "*", draw.randint(1, undisturbed[1])))
+        assert code == -signal.SIGKILL or (kill and code in DONE)  # it may end before a late instant
+    goes_on(out)
