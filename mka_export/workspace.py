@@ -17,10 +17,11 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePosixPath, PureWindowsPath
 from types import TracebackType
 from typing import Any
 
+from mka_export.data import load_json, value_of
 from mka_export.errors import MkaError, WorkspaceError
 from mka_export.progress import Progress
 
@@ -114,7 +115,7 @@ class Workspace:
                         shutil.rmtree(pieces)
                     raise
                 seconds = round(time.monotonic() - start, 2)
-                files = {str(p.relative_to(folder)): file_sha256(p) for p in sorted(folder.rglob("*")) if p.is_file()}
+                files = {name: file_sha256(path) for name, path in files_in(folder).items()}
                 write_atomically(
                     folder / RECORD, {"format": FORMAT, "inputs": inputs, "seconds": seconds, "files": files}
                 )
@@ -128,8 +129,8 @@ class Workspace:
 
     def write_manifest(self, contents: Mapping[str, Any]) -> None:
         """Write ``manifest.json``: ``contents``, and the sha256 of every published file, of earlier runs too."""
-        files = {name: file_sha256(self.path / name) for name in sorted(p.name for p in self.path.glob("[!.]*.json"))}
-        files.pop(MANIFEST, None)
+        beside = sorted(p for p in self.path.glob("[!.]*.json") if p.is_file() and p.name != MANIFEST)
+        files = {path.name: file_sha256(path) for path in beside}
         for record in sorted(self.path.rglob(RECORD)):
             folder = record.parent.relative_to(self.path)
             known = read_record(record.parent)
@@ -226,10 +227,10 @@ def seal(path: Path, about: Mapping[str, Any]) -> None:
 def sealed(path: Path) -> dict[str, Any] | None:
     """Return what a piece is, or None where it is not there as it was sealed."""
     try:
-        record = json.loads(_seal(path).read_text(encoding="utf-8"))
-        about: dict[str, Any] = record["about"]
-        return about if record["sha256"] == file_sha256(path) else None
-    except (OSError, ValueError, KeyError, TypeError):
+        record = load_json(_seal(path))
+        about = value_of(record, "about", dict)
+        return about if record.get("sha256") == file_sha256(path) else None
+    except (OSError, ValueError):
         return None
 
 
@@ -246,25 +247,56 @@ def file_sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
+def files_in(folder: Path) -> dict[str, Path]:
+    """Return every file below ``folder``, and every link, which is not followed: name inside ``folder`` -> path."""
+    found = sorted(path for path in folder.rglob("*") if path.is_file() or path.is_symlink())
+    return {path.relative_to(folder).as_posix(): path for path in found}
+
+
+def hashes(data: Mapping[str, Any]) -> dict[str, str]:
+    """Return the ``files`` of a manifest or of a stage's record: name inside its folder -> sha256.
+
+    Raises:
+        ValueError: there are none, or one is not inside.
+    """
+    files = value_of(data, "files", dict)
+    if outside := sorted(name for name in files if not _is_inside(name)):
+        raise ValueError(f"it names files outside its folder: {', '.join(outside[:4])}")
+    return {name: value_of(files, name, str) for name in files}
+
+
+def _is_inside(name: str) -> bool:
+    path = PurePosixPath(name)
+    return (
+        path.as_posix() == name
+        and ".." not in path.parts
+        and not path.is_absolute()
+        and PureWindowsPath(name).as_posix() == name
+        and not PureWindowsPath(name).drive
+    )
+
+
 def read_record(path: Path) -> dict[str, Any] | None:
-    """Return the record of the stage in folder ``path``, or None if it has none that can be read."""
+    """Return the record of the stage in folder ``path``, or None if it has none that is whole."""
     try:
-        record = json.loads((path / RECORD).read_text(encoding="utf-8"))
+        record = load_json(path / RECORD)
+        whole = record.get("format") == FORMAT and value_of(record, "seconds", float) >= 0
+        return {**record, "inputs": value_of(record, "inputs", dict), "files": hashes(record)} if whole else None
     except (OSError, ValueError):
         return None
-    return record if isinstance(record, dict) and record.get("format") == FORMAT else None
 
 
 def _existing(final: Path, name: str, inputs: Mapping[str, Any]) -> tuple[Stage | None, str]:
     """Return the stage if it stands with these inputs and its bytes are unchanged, else why not."""
     record = read_record(final)
     if record is None:
-        return None, "its record is missing"
+        return None, "its record is missing or damaged"
     if record["inputs"] != inputs:
         changed = sorted(k for k in {*inputs, *record["inputs"]} if inputs.get(k) != record["inputs"].get(k))
         return None, f"these changed: {', '.join(changed)}"
+    there = files_in(final)
     for file, sha256 in record["files"].items():
-        if not (final / file).is_file() or file_sha256(final / file) != sha256:
+        if file not in there or not there[file].is_file() or file_sha256(there[file]) != sha256:
             return None, f"{file} is not as it was made"
     return Stage(name, final, record["seconds"], True, record["files"]), ""
 
@@ -273,7 +305,7 @@ def _pieces(final: Path, inputs: Mapping[str, Any]) -> Path:
     """Return the folder of finished pieces of a stage, emptied if it is of other inputs."""
     folder, record = _pieces_folder(final), "inputs.json"
     try:
-        same = json.loads((folder / record).read_text(encoding="utf-8")) == inputs
+        same = load_json(folder / record) == inputs
     except (OSError, ValueError):
         same = False
     if not same:
@@ -289,10 +321,9 @@ def _pieces_folder(final: Path) -> Path:
 
 def _format(manifest: Path) -> str | None:
     try:
-        data = json.loads(manifest.read_text(encoding="utf-8"))
+        return value_of(load_json(manifest), "format", str)
     except (OSError, ValueError):
         return None
-    return data.get("format") if isinstance(data, dict) else None
 
 
 def _name(error: OSError, path: Path) -> None:
