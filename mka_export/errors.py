@@ -21,7 +21,7 @@ class MkaError(Exception):
     def __init__(self, what: str, remedy: str = "") -> None:
         self.what, self.remedy = what, remedy
         message = f"{what.rstrip('.')}. {remedy}" if remedy else what
-        super().__init__(one_line(message))
+        super().__init__(printable(" ".join(message.split())))
 
     def __reduce__(self) -> tuple[type[MkaError], tuple[str, str]]:
         """Pickle, to come back from another process."""
@@ -58,12 +58,11 @@ class RuntimeFailure(MkaError):
     """A runtime that could not load or run an artifact."""
 
 
-def one_line(text: str) -> str:
-    """Return ``text`` as a line that a terminal shows and does not obey: without the middle, if it is endless."""
-    line = " ".join(text.split())
-    if len(line) > LONGEST:
-        line = f"{line[: LONGEST // 2]} … {line[-LONGEST // 2 :]}"
-    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in line)
+def printable(text: str) -> str:
+    """Return ``text`` as a line that a terminal shows and does not obey; without the middle, if it is endless."""
+    if len(text) > LONGEST:
+        text = f"{text[: LONGEST // 2]} … {text[-LONGEST // 2 :]}"
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
 def out_of_memory(error: BaseException) -> bool:
