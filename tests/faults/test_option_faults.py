@@ -24,6 +24,7 @@ CASES: dict[str, tuple[list[str], str]] = {
     "a target is named twice": (["{model}", *MERGE, *TO, *TO], "twice"),
     "the target is for other families": (["{model}", *MERGE, "--to", "{alien_target}"], "is for mamba, not llama"),
     "the target's file misnames a field": (["{model}", *MERGE, "--to", "{bad_target}"], "precison"),
+    "the target's runtime is unknown": (["{model}", *MERGE, "--to", "{odd_target}"], "did you mean llama.cpp?"),
     "the method is unknown": (["{model}", *MERGE, *TO, "--method", "mka-papr"], "did you mean mka-paper?"),
     "an option is unknown": (["{model}", *MERGE, *TO, "--rato", "3"], "--rato"),
     "an average's weight is given to a method that does not average": (
@@ -47,11 +48,12 @@ def test_refused(fault, model, published, refused, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     plan = json.loads((published / "merged" / "plan.json").read_text())
     names = {"model": model, "plan": published / "merged" / "plan.json"}
-    for name in ("alien_plan", "alien_target", "bad_target"):
+    for name in ("alien_plan", "alien_target", "bad_target", "odd_target"):
         names[name] = tmp_path / f"{name}.{'toml' if 'target' in name else 'json'}"
     names["alien_plan"].write_text(json.dumps({**plan, "model": {**plan["model"], "layers": 40}, "layers": []}))
     target = 'description = "x"\nconverter = "gguf"\nprecision = "q8_0"\nruntime = "llama.cpp"\n'
     names["alien_target"].write_text(target + 'families = ["mamba"]\n')
+    names["odd_target"].write_text(target.replace("llama.cpp", "llamacpp"))
     names["bad_target"].write_text(target.replace("precision", "precison"))
     before = {name: path.read_bytes() for name, path in names.items() if path.is_file()}, contents(model)
     arguments, words = CASES[fault]
