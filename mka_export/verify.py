@@ -7,8 +7,9 @@ from pathlib import Path, PurePosixPath
 
 from mka_export.data import load_json
 from mka_export.errors import WorkspaceError
+from mka_export.hashes import file_sha256, files_in, listed_hashes
 from mka_export.progress import Progress
-from mka_export.workspace import FORMAT, MANIFEST, RECORD, file_sha256, files_in, hashes
+from mka_export.workspace import FORMAT, MANIFEST, RECORD
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,6 @@ def _manifest(folder: Path) -> dict[str, str]:
     try:
         if data.get("format") != FORMAT:
             raise ValueError(f"its format is not {FORMAT}")
-        return hashes(data)
+        return listed_hashes(data)
     except ValueError as error:
         raise WorkspaceError(f"{path} is no manifest of mka-export: {error}", "Do not trust this folder.") from None

@@ -9,7 +9,6 @@ long keeps its finished pieces in a hidden folder beside it until it is publishe
 from __future__ import annotations
 
 import fcntl
-import hashlib
 import json
 import os
 import shutil
@@ -17,12 +16,13 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path, PurePosixPath, PureWindowsPath
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from mka_export.data import load_json, value_of
 from mka_export.errors import MkaError, WorkspaceError
+from mka_export.hashes import file_sha256, files_in, listed_hashes
 from mka_export.progress import Progress
 
 MANIFEST = "manifest.json"
@@ -238,50 +238,12 @@ def _seal(path: Path) -> Path:
     return path.with_name(f"{path.name}.seal")
 
 
-def file_sha256(path: Path) -> str:
-    """Return the sha256 of a file, in hexadecimal."""
-    digest = hashlib.sha256()
-    with path.open("rb") as f:
-        while block := f.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-def files_in(folder: Path) -> dict[str, Path]:
-    """Return every file below ``folder``, and every link, which is not followed: name inside ``folder`` -> path."""
-    found = sorted(path for path in folder.rglob("*") if path.is_file() or path.is_symlink())
-    return {path.relative_to(folder).as_posix(): path for path in found}
-
-
-def hashes(data: Mapping[str, Any]) -> dict[str, str]:
-    """Return the ``files`` of a manifest or of a stage's record: name inside its folder -> sha256.
-
-    Raises:
-        ValueError: there are none, or one is not inside.
-    """
-    files = value_of(data, "files", dict)
-    if outside := sorted(name for name in files if not _is_inside(name)):
-        raise ValueError(f"it names files outside its folder: {', '.join(outside[:4])}")
-    return {name: value_of(files, name, str) for name in files}
-
-
-def _is_inside(name: str) -> bool:
-    path = PurePosixPath(name)
-    return (
-        path.as_posix() == name
-        and ".." not in path.parts
-        and not path.is_absolute()
-        and PureWindowsPath(name).as_posix() == name
-        and not PureWindowsPath(name).drive
-    )
-
-
 def read_record(path: Path) -> dict[str, Any] | None:
     """Return the record of the stage in folder ``path``, or None if it has none that is whole."""
     try:
         record = load_json(path / RECORD)
         whole = record.get("format") == FORMAT and value_of(record, "seconds", float) >= 0
-        return {**record, "inputs": value_of(record, "inputs", dict), "files": hashes(record)} if whole else None
+        return {**record, "inputs": value_of(record, "inputs", dict), "files": listed_hashes(record)} if whole else None
     except (OSError, ValueError):
         return None
 

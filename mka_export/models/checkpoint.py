@@ -23,8 +23,9 @@ from torch import Tensor
 
 from mka_export.data import load_json
 from mka_export.errors import CheckpointError, UnsupportedError, WorkspaceError
+from mka_export.hashes import file_sha256
 from mka_export.models.architecture import Architecture, architecture_of
-from mka_export.workspace import file_sha256, write_json
+from mka_export.workspace import write_json
 
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"

@@ -7,13 +7,14 @@ from contextlib import nullcontext
 from pathlib import Path
 
 from mka_export.errors import UsageError
+from mka_export.hashes import file_sha256
 from mka_export.options import ConvertOptions, DeviceOptions, LimitOptions, MergeOptions, OutputOptions, TextOptions
 from mka_export.pipeline.export import REPORT, Export
 from mka_export.pipeline.job import Job
 from mka_export.pipeline.requests import check_merge, given_limits, load_targets
 from mka_export.report import write_report
 from mka_export.target import Artifact, Limits, Target
-from mka_export.workspace import Workspace, file_sha256
+from mka_export.workspace import Workspace
 
 DEFAULT_MAX_PPL_RATIO = 1.35  # of an artifact that comes without a target
 
