@@ -19,7 +19,7 @@ from mka_export.errors import MkaError
 MAX_TOML = 1 << 14  # bytes; the time that dotted keys take grows with the square, and these files are a page each
 MAX_JSON = 1 << 24  # bytes; the largest we meet are indices of shards, 9 MB for a model of 90 000 tensors
 MAX_DEPTH = 32  # of lists and tables in one another
-MAX_INT = 1 << 64
+MAX_INT = 1 << 64  # other readers of the same file have no more bits
 
 Kind = TypeVar("Kind")
 KINDS: dict[type, str] = {

@@ -16,6 +16,8 @@ CASES: dict[str, tuple[list[str], str]] = {
     "the ratio is negative": (["{model}", "--ratio", "-0.1", *TO], "between 0 and 1"),
     "the ratio is NaN": (["{model}", "--ratio", "nan", *TO], "between 0 and 1"),
     "the ratio is no number": (["{model}", "--ratio", "half", *TO], "'half' is not a valid float"),
+    "a limit is NaN": (["{model}", *MERGE, *TO, "--max-ppl-ratio", "nan"], "'nan' is no finite number"),
+    "a limit is infinite": (["{model}", *MERGE, *TO, "--max-mean-kl", "inf"], "'inf' is no finite number"),
     "the ratio reaches the protected layers": (["{model}", "--ratio", "0.9", *TO], "at most 1 can go"),
     "more layers are protected than there are": (["{model}", *MERGE[:2], "--protect", "6", *TO], "has 6 layers"),
     "there is no ratio": (["{model}", *TO], "give either --ratio or --plan"),

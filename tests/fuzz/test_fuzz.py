@@ -59,7 +59,7 @@ def test_sound_files_are_accepted(kind: str) -> None:
 def test_damaged_files_are_accepted_or_refused(kind: str) -> None:
     outcomes = []
 
-    @settings(max_examples=300, derandomize=True, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+    @settings(max_examples=200, derandomize=True, deadline=None, database=None, suppress_health_check=list(HealthCheck))
     @given(st.sampled_from(sound(kind)), st.randoms(use_true_random=False))
     def check(data: bytes, rng: Random) -> None:
         with limited_time():
