@@ -16,7 +16,8 @@ from pathlib import Path
 
 import click
 
-from mka_export.workspace import LOCK, RECORD, file_sha256, read_record
+from mka_export.hashes import file_sha256
+from mka_export.workspace import LOCK, RECORD, read_record
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from pico import make_pico

@@ -11,7 +11,7 @@ import click
 from click_default_group import DefaultGroup
 
 from mka_export import __version__
-from mka_export.errors import MkaError, out_of_memory
+from mka_export.errors import MkaError, out_of_memory, printable
 from mka_export.interrupt import obeyed
 from mka_export.options import (
     ConvertOptions,
@@ -139,7 +139,7 @@ def verify(folder: Path, as_json: bool, quiet: bool) -> None:
         click.echo(json.dumps({"files": count, "findings": [vars(f) for f in findings]}, indent=2))
     else:
         for finding in findings:
-            click.echo(f"{finding.state}  {finding.file}")
+            click.echo(f"{finding.state}  {printable(finding.file)}")
         click.echo(
             f"{count} files, " + (f"{len(findings)} not as they were made" if findings else "all as they were made")
         )

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from difflib import get_close_matches
 
+LONGEST = 2000  # characters of a message; a name in a file may have millions
+
 
 class MkaError(Exception):
     """Base class of every error that is shown to a user, without a traceback.
@@ -19,7 +21,7 @@ class MkaError(Exception):
     def __init__(self, what: str, remedy: str = "") -> None:
         self.what, self.remedy = what, remedy
         message = f"{what.rstrip('.')}. {remedy}" if remedy else what
-        super().__init__(" ".join(message.split()))
+        super().__init__(printable(" ".join(message.split())))
 
     def __reduce__(self) -> tuple[type[MkaError], tuple[str, str]]:
         """Pickle, to come back from another process."""
@@ -54,6 +56,13 @@ class ConversionError(MkaError):
 
 class RuntimeFailure(MkaError):
     """A runtime that could not load or run an artifact."""
+
+
+def printable(text: str) -> str:
+    """Return ``text`` as a line that a terminal shows and does not obey; without the middle, if it is endless."""
+    if len(text) > LONGEST:
+        text = f"{text[: LONGEST // 2]} … {text[-LONGEST // 2 :]}"
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
 def out_of_memory(error: BaseException) -> bool:

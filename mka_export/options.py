@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
@@ -12,6 +13,17 @@ import click
 
 Command = Callable[..., Any]
 FILE = click.Path(path_type=Path, dir_okay=False)
+
+
+class FiniteRange(click.FloatRange):
+    """A range without infinity, and without NaN, which click finds inside every range."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        """Turn what was typed into a number."""
+        number = float(super().convert(value, param, ctx))
+        if not math.isfinite(number):
+            self.fail(f"{value!r} is no finite number.", param, ctx)
+        return number
 
 
 def option(default: Any, help: str, **click_arguments: Any) -> Any:
@@ -52,7 +64,7 @@ class MergeOptions:
         type=click.Choice(["iterative", "one-shot"]),
     )
     alpha: float | None = option(
-        None, "Weight of the lower layer in an average. Default: the similarity.", type=click.FloatRange(0.0, 1.0)
+        None, "Weight of the lower layer in an average. Default: the similarity.", type=FiniteRange(0.0, 1.0)
     )
     protect: int = option(4, "Early layers that take no part.", type=click.IntRange(min=0))
     plan: Path | None = option(None, "Replay this merge plan instead of choosing.", type=FILE)
@@ -73,7 +85,7 @@ class ConvertOptions:
     max_fallback: float | None = option(
         None,
         "Refuse an artifact with a larger share of weights in another type than asked, because their rows do not fit.",
-        type=click.FloatRange(0.0, 1.0),
+        type=FiniteRange(0.0, 1.0),
     )
 
 
@@ -82,25 +94,19 @@ class LimitOptions:
     """Parity limits that override the target's."""
 
     max_ppl_ratio: float | None = option(
-        None, "Artifact perplexity / original perplexity.", type=click.FloatRange(min=0, min_open=True)
+        None, "Artifact perplexity / original perplexity.", type=FiniteRange(min=0, min_open=True)
     )
-    max_mean_kl: float | None = option(
-        None, "Mean KL divergence from the original, nats.", type=click.FloatRange(min=0)
-    )
+    max_mean_kl: float | None = option(None, "Mean KL divergence from the original, nats.", type=FiniteRange(min=0))
     min_top1: float | None = option(
-        None, "Share of positions where both prefer the same token.", type=click.FloatRange(0, 1)
+        None, "Share of positions where both prefer the same token.", type=FiniteRange(0, 1)
     )
     conversion_max_ppl_ratio: float | None = option(
         None,
         "Artifact perplexity / that of the checkpoint it was made from.",
-        type=click.FloatRange(min=0, min_open=True),
+        type=FiniteRange(min=0, min_open=True),
     )
-    conversion_max_mean_kl: float | None = option(
-        None, "Mean KL from that checkpoint, nats.", type=click.FloatRange(min=0)
-    )
-    conversion_min_top1: float | None = option(
-        None, "Top-1 agreement with that checkpoint.", type=click.FloatRange(0, 1)
-    )
+    conversion_max_mean_kl: float | None = option(None, "Mean KL from that checkpoint, nats.", type=FiniteRange(min=0))
+    conversion_min_top1: float | None = option(None, "Top-1 agreement with that checkpoint.", type=FiniteRange(0, 1))
 
 
 @dataclass(frozen=True)

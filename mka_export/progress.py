@@ -10,6 +10,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as RichProgress
 
+from mka_export.errors import printable
+
 
 class Task(Protocol):
     """One piece of work that is under way."""
@@ -26,7 +28,7 @@ class Progress:
 
     def say(self, line: str) -> None:
         """Print one line, above any bar."""
-        self.console.print(line, markup=False, soft_wrap=True)
+        self.console.print(printable(line), markup=False, soft_wrap=True)
 
     @contextmanager
     def task(self, description: str, total: int) -> Iterator[Task]:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from mka_export.data import data_folder, read_toml
+from mka_export.data import data_folder, read_toml, value_of
 from mka_export.errors import MkaError, UsageError, unknown_name
 from mka_export.needs import Need
 from mka_export.progress import Progress
@@ -132,14 +132,45 @@ def load_target(name: str) -> Target:
         raise UsageError(unknown_name("target", name, known), "A path to a .toml file works too.")
     data = read_toml(path)
     try:
-        conversion = Limits(**data.pop("conversion", {}))
-        compression = Limits(**data.pop("compression", {}))
-        families = tuple(data.pop("families", ()))
-        return Target(name=path.stem, conversion=conversion, compression=compression, families=families, **data)
-    except TypeError as error:
-        raise UsageError(
-            f"{path}: {str(error).split('__init__() ')[-1]}", "The fields of a target are in CONTRIBUTING.md."
-        ) from error
+        return _target(path.stem, data)
+    except ValueError as error:
+        raise UsageError(f"{path}: {error}", "The fields of a target are in CONTRIBUTING.md.") from error
+
+
+def _target(name: str, data: Mapping[str, Any]) -> Target:
+    if name.startswith(".") or not name.isprintable():  # it becomes a folder's; hidden ones are for work in progress
+        raise ValueError(f"a target cannot be called {name!r}")
+    data = {"activations": False, "families": [], "conversion": {}, "compression": {}, "options": {}, **data}
+    _require_known(data, "field", {f.name for f in fields(Target)} - {"name"})
+    families = value_of(data, "families", list)
+    if not all(isinstance(family, str) for family in families):
+        raise ValueError(f"families = {families} are not names")
+    return Target(
+        name=name,
+        description=value_of(data, "description", str),
+        converter=value_of(data, "converter", str),
+        precision=value_of(data, "precision", str),
+        runtime=value_of(data, "runtime", str),
+        conversion=_limits(value_of(data, "conversion", dict)),
+        compression=_limits(value_of(data, "compression", dict)),
+        activations=value_of(data, "activations", bool),
+        families=tuple(families),
+        options=value_of(data, "options", dict),
+    )
+
+
+def _limits(data: Mapping[str, Any]) -> Limits:
+    _require_known(data, "limit", {f.name for f in fields(Limits)})
+    limits = {name: value_of(data, name, float) for name in data}
+    for name, limit in limits.items():
+        if limit < 0 or (name == "min_top1" and limit > 1):
+            raise ValueError(f"{name} = {limit} cannot be")
+    return Limits(**limits)
+
+
+def _require_known(data: Mapping[str, Any], kind: str, known: set[str]) -> None:
+    if unknown := sorted(data.keys() - known):
+        raise ValueError(unknown_name(kind, unknown[0], known))
 
 
 def load_converter(name: str) -> Converter:

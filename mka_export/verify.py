@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath, PureWindowsPath
+from pathlib import Path, PurePosixPath
 
+from mka_export.data import load_json
 from mka_export.errors import WorkspaceError
+from mka_export.hashes import file_sha256, files_in, listed_hashes
 from mka_export.progress import Progress
-from mka_export.workspace import FORMAT, MANIFEST, RECORD, file_sha256
+from mka_export.workspace import FORMAT, MANIFEST, RECORD
 
 
 @dataclass(frozen=True)
@@ -35,21 +36,15 @@ def verify(folder: Path, progress: Progress) -> tuple[int, list[Finding]]:
     Raises:
         WorkspaceError: there is no manifest of ours, or it is damaged.
     """
-    files = _manifest(folder)
+    files, there = _manifest(folder), files_in(folder)
     stages = {PurePosixPath(name).parent for name in files if PurePosixPath(name).name == RECORD}
-    there = {
-        path.relative_to(folder).as_posix()
-        for stage in stages
-        for path in (folder / stage).rglob("*")
-        if path.is_file() or path.is_symlink()
-    }
-    found = [Finding(name, "unknown") for name in there - files.keys()]
+    unknown = (name for name in there if name not in files and not stages.isdisjoint(PurePosixPath(name).parents))
+    found = [Finding(name, "unknown") for name in unknown]
     with progress.task("verify", len(files)) as task:
         for name, sha256 in files.items():
-            path = folder / name
-            if not path.is_file():
+            if name not in there:
                 found.append(Finding(name, "missing"))
-            elif path.is_symlink() or file_sha256(path) != sha256:
+            elif there[name].is_symlink() or file_sha256(there[name]) != sha256:
                 found.append(Finding(name, "changed"))
             task.advance()
     return len(files), sorted(found, key=lambda finding: finding.file)
@@ -58,25 +53,14 @@ def verify(folder: Path, progress: Progress) -> tuple[int, list[Finding]]:
 def _manifest(folder: Path) -> dict[str, str]:
     path = folder / MANIFEST
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
+        data = load_json(path)
     except FileNotFoundError:
         raise WorkspaceError(f"{folder} holds no {MANIFEST}", "Give a folder that mka-export made.") from None
-    except (OSError, ValueError, RecursionError) as error:
+    except (OSError, ValueError) as error:
         raise WorkspaceError(f"cannot read {path}: {error}", "The manifest is damaged: make the files again.") from None
-    files = data.get("files", {}) if isinstance(data, dict) and data.get("format") == FORMAT else None
-    if not isinstance(files, dict) or not all(isinstance(value, str) for value in files.values()):
-        raise WorkspaceError(f"{path} is no manifest of mka-export", "Give a folder that mka-export made.")
-    if outside := sorted(name for name in files if not _is_inside(name)):
-        raise WorkspaceError(f"{path} names files outside its folder: {', '.join(outside[:4])}", "Do not trust it.")
-    return files
-
-
-def _is_inside(name: str) -> bool:
-    path = PurePosixPath(name)
-    return (
-        path.as_posix() == name
-        and ".." not in path.parts
-        and not path.is_absolute()
-        and PureWindowsPath(name).as_posix() == name
-        and not PureWindowsPath(name).drive
-    )
+    try:
+        if data.get("format") != FORMAT:
+            raise ValueError(f"its format is not {FORMAT}")
+        return listed_hashes(data)
+    except ValueError as error:
+        raise WorkspaceError(f"{path} is no manifest of mka-export: {error}", "Do not trust this folder.") from None

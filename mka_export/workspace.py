@@ -9,7 +9,6 @@ long keeps its finished pieces in a hidden folder beside it until it is publishe
 from __future__ import annotations
 
 import fcntl
-import hashlib
 import json
 import os
 import shutil
@@ -21,7 +20,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from mka_export.data import load_json, value_of
 from mka_export.errors import MkaError, WorkspaceError
+from mka_export.hashes import file_sha256, files_in, listed_hashes
 from mka_export.progress import Progress
 
 MANIFEST = "manifest.json"
@@ -114,7 +115,7 @@ class Workspace:
                         shutil.rmtree(pieces)
                     raise
                 seconds = round(time.monotonic() - start, 2)
-                files = {str(p.relative_to(folder)): file_sha256(p) for p in sorted(folder.rglob("*")) if p.is_file()}
+                files = {name: file_sha256(path) for name, path in files_in(folder).items()}
                 write_atomically(
                     folder / RECORD, {"format": FORMAT, "inputs": inputs, "seconds": seconds, "files": files}
                 )
@@ -128,8 +129,8 @@ class Workspace:
 
     def write_manifest(self, contents: Mapping[str, Any]) -> None:
         """Write ``manifest.json``: ``contents``, and the sha256 of every published file, of earlier runs too."""
-        files = {name: file_sha256(self.path / name) for name in sorted(p.name for p in self.path.glob("[!.]*.json"))}
-        files.pop(MANIFEST, None)
+        beside = sorted(p for p in self.path.glob("[!.]*.json") if p.is_file() and p.name != MANIFEST)
+        files = {path.name: file_sha256(path) for path in beside}
         for record in sorted(self.path.rglob(RECORD)):
             folder = record.parent.relative_to(self.path)
             known = read_record(record.parent)
@@ -234,10 +235,10 @@ def seal(path: Path, about: Mapping[str, Any]) -> None:
 def sealed(path: Path) -> dict[str, Any] | None:
     """Return what a piece is, or None where it is not there as it was sealed."""
     try:
-        record = json.loads(_seal(path).read_text(encoding="utf-8"))
-        about: dict[str, Any] = record["about"]
-        return about if record["sha256"] == file_sha256(path) else None
-    except (OSError, ValueError, KeyError, TypeError):
+        record = load_json(_seal(path))
+        about = value_of(record, "about", dict)
+        return about if record.get("sha256") == file_sha256(path) else None
+    except (OSError, ValueError):
         return None
 
 
@@ -245,34 +246,27 @@ def _seal(path: Path) -> Path:
     return path.with_name(f"{path.name}.seal")
 
 
-def file_sha256(path: Path) -> str:
-    """Return the sha256 of a file, in hexadecimal."""
-    digest = hashlib.sha256()
-    with path.open("rb") as f:
-        while block := f.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
-
-
 def read_record(path: Path) -> dict[str, Any] | None:
-    """Return the record of the stage in folder ``path``, or None if it has none that can be read."""
+    """Return the record of the stage in folder ``path``, or None if it has none that is whole."""
     try:
-        record = json.loads((path / RECORD).read_text(encoding="utf-8"))
+        record = load_json(path / RECORD)
+        whole = record.get("format") == FORMAT and value_of(record, "seconds", float) >= 0
+        return {**record, "inputs": value_of(record, "inputs", dict), "files": listed_hashes(record)} if whole else None
     except (OSError, ValueError):
         return None
-    return record if isinstance(record, dict) and record.get("format") == FORMAT else None
 
 
 def _existing(final: Path, name: str, inputs: Mapping[str, Any]) -> tuple[Stage | None, str]:
     """Return the stage if it stands with these inputs and its bytes are unchanged, else why not."""
     record = read_record(final)
     if record is None:
-        return None, "its record is missing"
+        return None, "its record is missing or damaged"
     if record["inputs"] != inputs:
         changed = sorted(k for k in {*inputs, *record["inputs"]} if inputs.get(k) != record["inputs"].get(k))
         return None, f"these changed: {', '.join(changed)}"
+    there = files_in(final)
     for file, sha256 in record["files"].items():
-        if not (final / file).is_file() or file_sha256(final / file) != sha256:
+        if file not in there or not there[file].is_file() or file_sha256(there[file]) != sha256:
             return None, f"{file} is not as it was made"
     return Stage(name, final, record["seconds"], True, record["files"]), ""
 
@@ -281,7 +275,7 @@ def _pieces(final: Path, inputs: Mapping[str, Any]) -> Path:
     """Return the folder of finished pieces of a stage, emptied if it is of other inputs."""
     folder, record = pieces_folder(final), "inputs.json"
     try:
-        same = json.loads((folder / record).read_text(encoding="utf-8")) == inputs
+        same = load_json(folder / record) == inputs
     except (OSError, ValueError):
         same = False
     if not same:
@@ -298,10 +292,9 @@ def pieces_folder(final: Path) -> Path:
 
 def _format(manifest: Path) -> str | None:
     try:
-        data = json.loads(manifest.read_text(encoding="utf-8"))
+        return value_of(load_json(manifest), "format", str)
     except (OSError, ValueError):
         return None
-    return data.get("format") if isinstance(data, dict) else None
 
 
 def _name(error: OSError, path: Path) -> None:

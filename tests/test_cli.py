@@ -82,13 +82,31 @@ def test_verify(done, tmp_path):
     ]
 
 
+def test_verify_stays_in_the_folder(tmp_path):
+    (tmp_path / "outside").mkdir()
+    (tmp_path / "outside" / "secret").write_text("x")
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "merged").symlink_to(tmp_path / "outside")
+    files = {"merged/secret": hashlib.sha256(b"x").hexdigest(), "merged/stage.json": "0", "\x1b[2J": "0"}
+    (out / "manifest.json").write_text(json.dumps({"format": "mka-export/workspace", "files": files}))
+    result = type_in("verify", out, "--quiet")
+    assert result.stdout.splitlines() == [
+        r"missing  \x1b[2J",
+        "missing  merged/secret",
+        "missing  merged/stage.json",
+        "3 files, 3 not as they were made",
+    ]
+
+
 @pytest.mark.parametrize(
     ("manifest", "words"),
     [
         (None, "holds no manifest.json"),
         ("{", "is damaged"),
         ("[" * 100_000, "is damaged"),
-        ("[]", "no manifest of mka-export"),
+        ("[]", "is damaged"),
+        ("{}", "no manifest of mka-export"),
         ('{"format": "mka-export/workspace", "files": {"a": 1}}', "no manifest of mka-export"),
         ('{"format": "mka-export/workspace", "files": {"../x": "0"}}', "outside its folder: ../x"),
         ('{"format": "mka-export/workspace", "files": {"/etc/passwd": "0"}}', "outside its folder"),

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from mka_export.errors import MkaError, UsageError
+from mka_export.data import load_json, value_of
+from mka_export.errors import UsageError, unknown_name
 from mka_export.merge.fuse import METHODS
+from mka_export.models.architecture import MAX_LAYERS
 
 FORMAT = "mka-export/merge-plan"
 VERSION = 1
@@ -80,35 +81,40 @@ def read_plan(path: Path) -> Plan:
         UsageError: it is not a plan, or its steps do not follow from one another.
     """
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-        if data.get("format") != FORMAT or data.get("version") != VERSION:
-            raise UsageError(f"{path} is not a merge plan of version {VERSION}", "Give the plan.json of a merge.")
-        steps = [_step(step) for step in data["steps"]]
-        plan = Plan(
-            dict(data["model"]),
-            str(data["method"]),
-            str(data["schedule"]),
-            int(data["protect"]),
-            dict(data["calibration"]),
-            steps,
-        )
-        plan.layers()
-    except MkaError:
-        raise
+        return _plan(load_json(path))
     except OSError as error:
         raise UsageError(f"cannot read {path}: {error.strerror}") from error
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise UsageError(f"{path} is not a merge plan: {error!r}", "Give the plan.json of a merge.") from error
-    if plan.method not in METHODS:
-        raise UsageError(f"{path} wants method {plan.method!r}, known are {', '.join(METHODS)}")
+    except ValueError as error:
+        raise UsageError(f"{path} is not a merge plan: {error}", "Give the plan.json of a merge.") from error
+
+
+def _plan(data: Mapping[str, Any]) -> Plan:
+    if (data.get("format"), data.get("version")) != (FORMAT, VERSION):
+        raise ValueError(f"it has not the format {FORMAT} of version {VERSION}")
+    model = value_of(data, "model", dict)
+    value_of(model, "architecture", str)
+    if not 1 <= (layers := value_of(model, "layers", int)) <= MAX_LAYERS:
+        raise ValueError(f"layers = {layers} is not between 1 and {MAX_LAYERS}")
+    if (method := value_of(data, "method", str)) not in METHODS:
+        raise ValueError(unknown_name("method", method, METHODS))
+    if (protect := value_of(data, "protect", int)) < 0:
+        raise ValueError(f"protect = {protect} is negative")
+    steps = [_step(step) for step in value_of(data, "steps", list)]
     if not steps:
-        raise UsageError(f"{path} merges nothing")
+        raise ValueError("it merges nothing")
+    plan = Plan(model, method, value_of(data, "schedule", str), protect, value_of(data, "calibration", dict), steps)
+    plan.layers()
     return plan
 
 
-def _step(data: Mapping[str, Any]) -> Step:
-    lower, upper = ([int(i) for i in data[key]] for key in ("lower", "upper"))
-    alpha = float(data["alpha"])
-    if not 0.0 <= alpha <= 1.0:
-        raise ValueError(f"alpha is {alpha}")
-    return Step(lower, upper, float(data["similarity"]), alpha, dict(data.get("figures", {})))
+def _step(data: object) -> Step:
+    if not isinstance(data, dict):
+        raise ValueError(f"the step {data!r} is no table")
+    lower, upper = (value_of(data, key, list) for key in ("lower", "upper"))
+    if {type(layer) for layer in (*lower, *upper)} != {int}:
+        raise ValueError(f"a step merges {lower} and {upper}, which are no layers")
+    if not 0.0 <= (alpha := value_of(data, "alpha", float)) <= 1.0:
+        raise ValueError(f"alpha = {alpha} is not between 0 and 1")
+    figures = value_of(data, "figures", dict) if "figures" in data else {}
+    figures = {name: value_of(figures, name, float) for name in figures}
+    return Step(lower, upper, value_of(data, "similarity", float), alpha, figures)

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-from mka_export.data import read_toml
+from mka_export.data import read_toml, value_of
 from mka_export.errors import UnsupportedError, unknown_name
 
 FOLDER = Path(__file__).parent / "architectures"
+MAX_LAYERS = 4096  # the deepest models have below 200
+INDEX = re.compile(r"(0|[1-9][0-9]{0,8})\.(.*)", re.DOTALL)  # of a layer, as layer_name writes it, and what follows
 
 
 @dataclass(frozen=True)
@@ -47,10 +50,8 @@ class Architecture:
     def split(self, tensor: str) -> tuple[int | None, str]:
         """Split a full tensor name into layer index and the name inside the layer (None outside)."""
         prefix = self.layers + "."
-        if tensor.startswith(prefix):
-            index, _, rest = tensor[len(prefix) :].partition(".")
-            if index.isdigit():
-                return int(index), rest
+        if tensor.startswith(prefix) and (found := INDEX.fullmatch(tensor, len(prefix))):
+            return int(found[1]), found[2]
         return None, tensor
 
     @property
@@ -64,8 +65,16 @@ class Architecture:
         return {name: role for role, name in {**self.layer, **self.optional}.items()}
 
     def layer_count(self, config: Mapping[str, Any]) -> int:
-        """Return the number of layers that ``config`` announces."""
-        return int(config[self.config["layer_count"][0]])
+        """Return the number of layers that ``config`` announces.
+
+        Raises:
+            ValueError: it announces none, or an absurd number.
+        """
+        key = self.config["layer_count"][0]
+        count = value_of(config, key, int)
+        if not 1 <= count <= MAX_LAYERS:
+            raise ValueError(f"{key} = {count} is not between 1 and {MAX_LAYERS}")
+        return count
 
     def config_for_layers(self, config: Mapping[str, Any], kept: Sequence[int]) -> dict[str, Any]:
         """Return ``config`` for a model that keeps only the layers ``kept`` (original indices, ascending).
@@ -113,13 +122,14 @@ def architecture_of(config: Mapping[str, Any]) -> Architecture:
     Raises:
         UnsupportedError: no file in ``architectures/`` names the model's class.
     """
-    names = config.get("architectures") or ["(none named)"]
+    names = config.get("architectures")
+    name = names[0] if isinstance(names, list) and names else "(none named)"
     for architecture in architectures().values():
-        if names[0] in architecture.classes:
+        if name in architecture.classes:
             return architecture
     known = [name for a in architectures().values() for name in a.classes]
     raise UnsupportedError(
-        unknown_name("model class", str(names[0]), known),
+        unknown_name("model class", str(name), known),
         "A family is one TOML file: see CONTRIBUTING.md.",
     )
 

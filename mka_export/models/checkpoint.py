@@ -7,10 +7,10 @@ A checkpoint is a folder with ``config.json``, tokenizer files and ``*.safetenso
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path, PurePosixPath, PureWindowsPath
@@ -21,15 +21,17 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from mka_export.data import load_json
 from mka_export.errors import CheckpointError, UnsupportedError, WorkspaceError
+from mka_export.hashes import file_sha256
 from mka_export.models.architecture import Architecture, architecture_of
-from mka_export.workspace import file_sha256, write_json
+from mka_export.workspace import write_json
 
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 SHARD_BYTES = 512 << 20  # a written checkpoint is cut into files of about this size
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+STORED = ("F64", "F32", "F16", "BF16")  # safetensors' names of the types that we compute with
 
 # What is carried unchanged from a checkpoint to one made from it: everything that says how text
 # becomes ids, and the licence.
@@ -84,7 +86,7 @@ class Checkpoint:
     @property
     def hidden_size(self) -> int:
         """The width of the residual stream."""
-        return int(self.config["hidden_size"])
+        return self.shape(self.architecture.tensors["embedding"])[1]
 
     @property
     def vocab_size(self) -> int:
@@ -111,23 +113,19 @@ class Checkpoint:
         """
         if name not in self.shards:
             raise CheckpointError(f"{self.path} has no tensor {name}")
-        file = self.path / self.shards[name]
-        try:
-            with safe_open(file, framework="pt") as f:
-                tensor: Tensor = f.get_tensor(name)
-                return tensor
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"cannot read {name} from {file}: {error}", "Fetch the file again.") from error
+        with _opened(self.path / self.shards[name]) as f:
+            tensor: Tensor = f.get_tensor(name)
+            return tensor
 
     def rows(self, name: str, indices: Tensor) -> Tensor:
         """Read some rows of a matrix, as stored: (len(indices), columns)."""
-        with safe_open(self.path / self.shards[name], framework="pt") as f:
+        with _opened(self.path / self.shards[name]) as f:
             piece = f.get_slice(name)
             return torch.cat([piece[i : i + 1] for i in indices.tolist()])
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Return a tensor's shape without reading it."""
-        with safe_open(self.path / self.shards[name], framework="pt") as f:
+        with _opened(self.path / self.shards[name]) as f:
             return tuple(f.get_slice(name).get_shape())
 
     def layer(self, index: int, *names: str) -> dict[str, Tensor]:
@@ -168,7 +166,7 @@ class Checkpoint:
                 outside.add(name)
             else:
                 found.setdefault(index, set()).add(inside)
-        if sorted(found) != list(range(self.num_layers)):
+        if len(found) != self.num_layers or max(found) != self.num_layers - 1:
             raise CheckpointError(
                 f"{self.path / CONFIG} announces {self.num_layers} layers, the tensors make {len(found)}"
                 + (f" (up to index {max(found)})" if found else ""),
@@ -185,6 +183,9 @@ class Checkpoint:
                 raise CheckpointError(
                     f"{self.path} {problem} tensors for family {a.name}: {', '.join(names[:4])}{more}"
                 )
+        embedding = a.tensors["embedding"]
+        if len(shape := self.shape(embedding)) != 2:
+            raise CheckpointError(f"tensor {embedding} in {self.path} is {list(shape)}, no matrix", "Fetch it again.")
 
 
 class CheckpointWriter:
@@ -287,7 +288,12 @@ def read_config(path: Path) -> tuple[dict[str, Any], Architecture]:
     if method := config.get("quantization_config"):
         kind = method.get("quant_method", "unknown") if isinstance(method, dict) else method
         raise UnsupportedError(f"{path} is already quantized ({kind})", "Use the model it was made from.")
-    return config, architecture_of(config)
+    architecture = architecture_of(config)
+    try:
+        architecture.layer_count(config)
+    except ValueError as error:
+        raise CheckpointError(f"{path / CONFIG}: {error}", "Use the config that belongs to the weights.") from error
+    return config, architecture
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -297,14 +303,11 @@ def read_json(path: Path) -> dict[str, Any]:
         CheckpointError: it is missing, unreadable or no JSON object; the message names the file.
     """
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
+        return load_json(path)
     except FileNotFoundError:
         raise CheckpointError(f"{path} does not exist") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"cannot read {path}: {error}") from error
-    if not isinstance(data, dict):
-        raise CheckpointError(f"{path} holds no JSON object")
-    return data
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"cannot read {path}: {error}", "Fetch the file again.") from error
 
 
 def _shards(path: Path) -> dict[str, str]:
@@ -317,12 +320,14 @@ def _shards(path: Path) -> dict[str, str]:
             raise CheckpointError(
                 f"{path / INDEX} names files outside its folder: {', '.join(outside[:4])}", "Do not use this model."
             )
-        if absent := sorted(f for f in files if not (path / f).is_file()):
+        # Looked up in a listing, as the system takes not every text for a path.
+        if absent := sorted(files - {file.name for file in path.iterdir() if file.is_file()}):
             raise CheckpointError(f"{path} lacks {', '.join(absent)}", "Fetch the missing shards.")
-        inside = {name for f in files for name in _tensor_names(path / f)}
-        if absent := sorted(set(weight_map) - inside):
+        inside = {(name, f) for f in files for name in _tensor_names(path / f)}
+        if absent := sorted(name for name, f in weight_map.items() if (name, f) not in inside):
             raise CheckpointError(
-                f"{path / INDEX} lists tensors that no shard holds: {', '.join(absent[:4])}", "Fetch the model again."
+                f"{path / INDEX} lists tensors that their shards do not hold: {', '.join(absent[:4])}",
+                "Fetch the model again.",
             )
         return dict(weight_map)
     if (path / WEIGHTS).is_file():
@@ -340,8 +345,24 @@ def _is_plain_name(name: str) -> bool:
 
 
 def _tensor_names(file: Path) -> list[str]:
+    with _opened(file) as f:
+        names = list(f.keys())
+        for name in names:
+            piece = f.get_slice(name)
+            if (kind := piece.get_dtype()) not in STORED:
+                raise UnsupportedError(
+                    f"tensor {name} in {file} is stored as {kind}", "Save it as float32, float16 or bfloat16."
+                )
+            if not (shape := piece.get_shape()) or 0 in shape:
+                raise CheckpointError(f"tensor {name} in {file} is {shape}, not numbers in rows", "Fetch it again.")
+        return names
+
+
+@contextmanager
+def _opened(file: Path) -> Iterator[Any]:
+    """Open a safetensors file; what it and its library say about damage becomes a CheckpointError."""
     try:
         with safe_open(file, framework="pt") as f:
-            return list(f.keys())
+            yield f
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{file} is damaged: {error}", "Fetch the file again.") from error

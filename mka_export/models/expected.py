@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from mka_export.hashes import file_sha256
 from mka_export.models.checkpoint import Checkpoint
 from mka_export.models.outline import Outline
 from mka_export.models.sources import Source
 from mka_export.needs import Need
-from mka_export.workspace import file_sha256
 
 
 def expected_outline(source: Source) -> Outline:

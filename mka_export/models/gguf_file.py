@@ -7,10 +7,10 @@ file of 43 bytes can keep it busy for hours) and keeps several arrays for every 
 
 from __future__ import annotations
 
+import math
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
-from math import prod
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -24,7 +24,8 @@ from mka_export.errors import CheckpointError, UnsupportedError
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)  # version 1 had 32-bit counts
 MAX_DIMS = 4
-MAX_ITEMS = 1 << 24  # of one array, and of tensors or keys: far above any vocabulary
+MAX_ITEMS = 1 << 22  # of one array, and of tensors or keys: far above any vocabulary
+MAX_HEADER = 100 << 20  # bytes, as safetensors has it; the largest vocabularies take some 20 MB
 
 SCALARS = {
     GGUFValueType.UINT8: "B",
@@ -92,14 +93,14 @@ class GGUFFile:
         """Return a value of the metadata, or None where there is none.
 
         Raises:
-            CheckpointError: it is not of ``kind`` (an integer will do for a float).
+            CheckpointError: it is not of ``kind`` (an integer will do for a float), or NaN or infinite.
         """
         value = self.metadata.get(key)
         if value is None:
             return None
         if kind is float and type(value) is int:
             return kind(value)
-        if type(value) is not kind:
+        if type(value) is not kind or (type(value) is float and not math.isfinite(value)):
             raise CheckpointError(f"{self.path}: {key} is no {kind.__name__}", "The file is damaged: fetch it again.")
         return value
 
@@ -187,6 +188,8 @@ class _Header:
             raise self.damaged(
                 f"{what} goes past the end of the file ({length} bytes at {self.at} of {len(self.data)})"
             )
+        if length > MAX_HEADER - self.at:
+            raise self.damaged(f"its header is larger than {MAX_HEADER} bytes, up to {what} alone")
 
     def scalar(self, code: str, what: str) -> Any:
         length = struct.calcsize(f"<{code}")
@@ -233,6 +236,7 @@ class _Header:
         code = f"<{SCALARS[inner]}"
         length = struct.calcsize(code)
         count = self.count(f"items of {key}", length)
+        self.need(count * length, key)
         items = np.frombuffer(self.view, np.dtype(code), count, self.at).tolist()
         self.at += count * length
         return items
@@ -262,7 +266,7 @@ class _Header:
             if min(shape) < 1 or shape[-1] % block:
                 raise self.damaged(f"tensor {name} of shape {shape} cannot be {kind.name}")
             row = shape[-1] // block * block_bytes
-            rows = prod(shape[:-1])
+            rows = math.prod(shape[:-1])
             if offset % alignment or offset < end:
                 raise self.damaged(f"tensor {name} begins at an impossible offset ({offset})")
             end = offset + rows * row

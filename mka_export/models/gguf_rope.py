@@ -13,6 +13,7 @@ from mka_export.models.gguf_file import GGUFFile
 
 ROPE_FACTORS = "rope_freqs.weight"  # (head_dim / 2,): llama.cpp divides the frequencies by these
 DEFAULT_BASE = 10_000.0
+MAX_BASE = 1e12  # released models have up to 1e8
 TOLERANCE = 1e-3  # of the factors, relative
 
 
@@ -25,6 +26,7 @@ def rope_parameters(file: GGUFFile, arch: str, head_dim: int) -> dict[str, Any]:
         head_dim: the width of a head.
 
     Raises:
+        CheckpointError: a value that cannot be.
         UnsupportedError: a kind of scaling that transformers does not compute, or Llama 3.1's frequency factors
             where they are not what its formula gives.
     """
@@ -32,6 +34,10 @@ def rope_parameters(file: GGUFFile, arch: str, head_dim: int) -> dict[str, Any]:
     plain: dict[str, Any] = {"rope_type": "default", "rope_theta": base}
     scaling = f"{arch}.rope.scaling"
     factor = file.find(f"{scaling}.factor", float) or file.find(f"{arch}.rope.scale_linear", float) or 1.0
+    if not (1 < base <= MAX_BASE and factor > 0):
+        raise CheckpointError(
+            f"{file.path} has the rotary base {base} and scaling factor {factor}", "Fetch the file again."
+        )
     kind = file.find(f"{scaling}.type", str) or ("linear" if factor != 1.0 else "none")
     if ROPE_FACTORS in file.tensors:
         if kind != "none":
@@ -77,8 +83,9 @@ def _llama3(file: GGUFFile, base: float, head_dim: int, factors: NDArray[np.floa
     if between.sum() >= 2:
         smooth = (1 / factors[between] - 1 / factor) / (1 - 1 / factor)
         slope, offset = np.polyfit(1 / waves[between], smooth, 1)
-        high = 1 - 1 / offset if offset < 0 else 4.0
-        candidates.insert(0, (float(np.round(high, 2)), round(slope * (high - 1))))
+        if -100 < offset < -1e-6:  # high is between 1.01 and 1e6
+            high = 1 - 1 / offset
+            candidates.insert(0, (float(np.round(high, 2)), round(slope * (high - 1))))
     for high, length in candidates:
         smooth = np.clip((length / waves - 1) / (high - 1), 0, 1)
         if np.allclose(1 / ((1 - smooth) / factor + smooth), factors, rtol=TOLERANCE):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from gguf.constants import GGMLQuantizationType
 from torch import Tensor
 
 from mka_export.errors import CheckpointError, UnsupportedError
-from mka_export.models.architecture import Architecture, architecture_of_gguf
+from mka_export.models.architecture import MAX_LAYERS, Architecture, architecture_of_gguf
 from mka_export.models.checkpoint import CheckpointWriter
 from mka_export.models.gguf_file import GGUFFile, GGUFTensor, read_gguf
 from mka_export.models.gguf_rope import ROPE_FACTORS, rope_parameters
@@ -118,8 +118,8 @@ def _read_model(path: Path) -> _Model:
     file = read_gguf(path)
     architecture = architecture_of_gguf(file.get("general.architecture", str))
     layers = _count(file, f"{architecture.gguf_arch}.block_count")
-    if layers > len(file.tensors):
-        raise CheckpointError(f"{path} announces {layers} layers, more than it has tensors", "Use a complete file.")
+    if layers > min(len(file.tensors), MAX_LAYERS):
+        raise CheckpointError(f"{path} announces {layers} layers, more than it can have", "Use a complete file.")
     names = _tensor_names(file, architecture, layers)
     dtype = _dtype(file)
     config = _config(file, architecture, names, dtype)
@@ -140,7 +140,15 @@ def _tensor_names(file: GGUFFile, architecture: Architecture, layers: int) -> di
             f"{file.path} has tensors that family {architecture.name} does not: {', '.join(unknown[:4])}{more}",
             "Use a dense model of this family.",
         )
+    optional = {architecture.tensors["head"], *architecture.optional.values()}
+    _require_all(file, [name for name in wanted if architecture.split(name)[1] not in optional], found)
     return found
+
+
+def _require_all(file: GGUFFile, wanted: Iterable[str], names: Mapping[str, str]) -> None:
+    if missing := [name for name in wanted if name not in names]:
+        more = f" and {len(missing) - 4} more" if len(missing) > 4 else ""
+        raise CheckpointError(f"{file.path} lacks tensors: {', '.join(missing[:4])}{more}", "Use a complete file.")
 
 
 def _dtype(file: GGUFFile) -> torch.dtype:
@@ -164,21 +172,27 @@ def _config(file: GGUFFile, architecture: Architecture, names: Mapping[str, str]
     if file.find(f"{arch}.expert_count", int):
         raise UnsupportedError(f"{file.path} is a mixture of experts", "Use a dense model of this family.")
     hidden, heads = _count(file, f"{arch}.embedding_length"), _count(file, f"{arch}.attention.head_count")
+    kv_heads = file.find(f"{arch}.attention.head_count_kv", int) or heads
     head_dim = file.find(f"{arch}.attention.key_length", int) or hidden // heads
+    if head_dim < 2 or head_dim % 2 or kv_heads < 1 or heads % kv_heads:
+        raise CheckpointError(
+            f"{file.path} announces {heads} heads of width {head_dim} on {kv_heads} of keys and values",
+            "Fetch the file again.",
+        )
     for key in ("attention.value_length", "rope.dimension_count"):
         if (file.find(f"{arch}.{key}", int) or head_dim) != head_dim:
             raise UnsupportedError(
                 f"{file.path}: {arch}.{key} is not the head's width {head_dim}", "Use another model."
             )
     context = _count(file, f"{arch}.context_length")
-    embedding = names.get(architecture.tensors["embedding"])
+    embedding = file.tensors[names[architecture.tensors["embedding"]]]
     settings: dict[str, Any] = {
-        "vocab_size": file.tensors[embedding].shape[0] if embedding else 1,
+        "vocab_size": embedding.shape[0],
         "hidden_size": hidden,
         "intermediate_size": _count(file, f"{arch}.feed_forward_length"),
         "num_hidden_layers": _count(file, f"{arch}.block_count"),
         "num_attention_heads": heads,
-        "num_key_value_heads": file.find(f"{arch}.attention.head_count_kv", int) or heads,
+        "num_key_value_heads": kv_heads,
         "max_position_embeddings": min(context, file.find(f"{arch}.attention.sliding_window", int) or context),
         "rms_norm_eps": _decimal(file.get(f"{arch}.attention.layer_norm_rms_epsilon", float)),
         "rope_parameters": rope_parameters(file, arch, head_dim),
@@ -222,9 +236,7 @@ def _check_tensors(file: GGUFFile, config: Any, names: Mapping[str, str]) -> dic
         shapes = shapes_of(config)
     except CheckpointError as error:
         raise CheckpointError(f"{file.path}: {error.what}", "Fetch the file again.") from error
-    if missing := [name for name in shapes if name not in names]:
-        more = f" and {len(missing) - 4} more" if len(missing) > 4 else ""
-        raise CheckpointError(f"{file.path} lacks tensors: {', '.join(missing[:4])}{more}", "Use a complete file.")
+    _require_all(file, shapes, names)
     for name, stored in names.items():
         if file.tensors[stored].shape != shapes[name]:
             raise CheckpointError(

@@ -22,6 +22,7 @@ from mka_export.workspace import write_json
 
 PREFIX = "tokenizer.ggml."
 SPACE = "▁"
+MAX_TOKEN = 1024  # characters; all splits of a token are tried for merges, and real ones have up to 128 or so
 DEFAULT_IDS = {"llama": {"bos": 1, "eos": 2, "unk": 0}}  # of llama.cpp, by tokenizer.ggml.model
 ID_KEYS = {"bos": "bos_token_id", "eos": "eos_token_id", "unk": "unknown_token_id", "pad": "padding_token_id"}
 END_KEYS = ("eos_token_id", "eot_token_id", "eom_token_id")
@@ -136,6 +137,8 @@ def _tokens(file: GGUFFile, model: str) -> Tokens:
         )
     if strange := set(numbers) - {int(kind) for kind in TokenType}:
         raise CheckpointError(f"{file.path}: unknown token types {sorted(strange)}", "Fetch the file again.")
+    if (longest := max(map(len, texts))) > MAX_TOKEN:
+        raise CheckpointError(f"{file.path} has a token of {longest} characters", "Fetch the file again.")
     count = len(texts)
     while count and numbers[count - 1] == TokenType.UNUSED and texts[count - 1] == f"[PAD{count - 1}]":
         count -= 1  # llama.cpp's names for embedding rows that have no token

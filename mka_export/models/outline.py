@@ -13,8 +13,9 @@ import transformers
 from mka_export.errors import CheckpointError
 from mka_export.models.architecture import Architecture, architecture_of, architectures
 from mka_export.models.catalog import Entry
-from mka_export.models.checkpoint import DTYPES, Checkpoint
+from mka_export.models.checkpoint import Checkpoint
 
+ITEMSIZES = {"float16": 2, "bfloat16": 2}  # of the types that a config names; else 4
 Shapes = Mapping[str, tuple[int, ...]]
 
 
@@ -47,8 +48,8 @@ class Outline:
             made = getattr(transformers, config["architectures"][0]).config_class.from_dict(dict(config))
         except Exception as error:  # transformers raises whatever its validators raise
             raise CheckpointError(f"the config describes no {architecture.name} model: {error}") from error
-        dtype = DTYPES.get(str(config.get("dtype") or config.get("torch_dtype")), torch.float32)
-        return cls(architecture, config, shapes_of(made), dtype.itemsize)
+        itemsize = ITEMSIZES.get(str(config.get("dtype") or config.get("torch_dtype")), 4)
+        return cls(architecture, config, shapes_of(made), itemsize)
 
     @classmethod
     def of_entry(cls, entry: Entry) -> Outline:
@@ -75,7 +76,7 @@ class Outline:
     @property
     def hidden_size(self) -> int:
         """The width of the residual stream."""
-        return int(self.config["hidden_size"])
+        return self.shapes[self.architecture.tensors["embedding"]][1]
 
     @property
     def vocab_size(self) -> int:

@@ -8,6 +8,7 @@ from contextlib import contextmanager, nullcontext
 from typing import Any, TypeVar
 
 import torch
+import transformers
 from accelerate import init_empty_weights
 from torch import Tensor, nn
 from torch.func import functional_call
@@ -41,21 +42,14 @@ class LayerRunner:
         device: ``cpu``, ``cuda``, ``cuda:1`` ... or ``auto``.
 
     Raises:
-        CheckpointError: a tensor has not the shape that follows from the config.
+        CheckpointError: transformers cannot make a model of the config, or one whose tensors have other shapes.
         UsageError: the device is not there.
     """
 
     def __init__(self, checkpoint: Checkpoint, device: str = "cpu") -> None:
         self.checkpoint = checkpoint
         self.device = pick_device(device)
-        config = AutoConfig.from_pretrained(checkpoint.path, trust_remote_code=False)
-        config._attn_implementation = "sdpa"
-        config.use_cache = False
-        config.dtype = torch.float32
-        with init_empty_weights(include_buffers=False):
-            model: nn.Module = AutoModelForCausalLM.from_config(config, trust_remote_code=False)  # type: ignore[no-untyped-call]
-            self._model = model.eval().float()
-        _check_shapes(checkpoint, self._model)
+        self._model = _empty_model(checkpoint)
         architecture = checkpoint.architecture
         self._layers = self._model.get_submodule(architecture.layers)
         self._parent, _, self._layers_name = architecture.layers.rpartition(".")
@@ -210,6 +204,35 @@ class LayerRunner:
                 setattr(parent, norm_name, self._norm)
             self._keywords = {tokens: [recorder.keywords for recorder in recorders]}  # one shape at a time
         return self._keywords[tokens]
+
+
+def _empty_model(checkpoint: Checkpoint) -> nn.Module:
+    """Build the model without storage for its weights.
+
+    Raises:
+        CheckpointError: the config cannot be built, or not with the checkpoint's tensors.
+    """
+    path = checkpoint.path / CONFIG
+    remedy = "Use the config that belongs to the weights."
+    name = checkpoint.config["architectures"][0]
+    kind = getattr(transformers, name).config_class.model_type
+    if (named := checkpoint.config.get("model_type")) != kind:  # which transformers goes by
+        raise CheckpointError(f"{path}: model_type = {named!r} is not {kind!r}, as {name} asks for", remedy)
+    try:
+        config = AutoConfig.from_pretrained(checkpoint.path, trust_remote_code=False)
+        config._attn_implementation = "sdpa"
+        config.use_cache = False
+        config.dtype = torch.float32
+        # First without storage for buffers too: they may be of any size until the shapes are known to be those of files.
+        with torch.device("meta"):
+            _check_shapes(checkpoint, AutoModelForCausalLM.from_config(config, trust_remote_code=False))  # type: ignore[no-untyped-call]
+        with init_empty_weights(include_buffers=False):
+            model: nn.Module = AutoModelForCausalLM.from_config(config, trust_remote_code=False)  # type: ignore[no-untyped-call]
+            return model.eval().float()
+    except MkaError:
+        raise
+    except Exception as error:  # transformers and torch raise whatever they stumble over
+        raise CheckpointError(f"transformers cannot build the model of {path}: {error}", remedy) from error
 
 
 def _check_shapes(checkpoint: Checkpoint, model: nn.Module) -> None:

@@ -14,9 +14,9 @@ from typing import Any, Literal
 from platformdirs import user_cache_dir
 
 from mka_export.errors import SourceError, UsageError, unknown_name
+from mka_export.hashes import file_sha256
 from mka_export.models.catalog import Entry, catalog
 from mka_export.progress import Progress
-from mka_export.workspace import file_sha256
 
 CACHE_VARIABLE = "MKA_EXPORT_CACHE"
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)

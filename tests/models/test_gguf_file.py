@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from mka_export.errors import CheckpointError, MkaError, UnsupportedError
+from mka_export.models import gguf_file
 from mka_export.models.gguf_file import read_gguf
 
 MATRIX = np.arange(4 * 64, dtype=np.float32).reshape(4, 64) / 7
@@ -161,6 +162,12 @@ def test_bad_headers_are_refused(name: str, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=message) as caught:
         read_gguf(path)
     assert str(path) in str(caught.value)
+
+
+def test_a_header_is_read_to_a_limit(sound: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gguf_file, "MAX_HEADER", 100)
+    with pytest.raises(CheckpointError, match="header is larger than 100 bytes"):
+        read_gguf(sound)
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
