@@ -24,9 +24,9 @@ from fault_tools import DONE, LOOSE, SMALL, contents, type_in
 from mka_gguf import conversion
 
 from mka_export.cli import main
+from mka_export.hashes import file_sha256
 from mka_export.merge import stage
 from mka_export.pipeline import job
-from mka_export.hashes import file_sha256
 
 PAIRS = 2
 RUN = ["--ratio", "0.4", "--protect", "1", "--to", "gguf-q8", *SMALL, *LOOSE, "--quiet"]
