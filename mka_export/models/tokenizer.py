@@ -21,7 +21,9 @@ def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
     kind = PreTrainedTokenizerFast if (path / "tokenizer.json").is_file() else AutoTokenizer
     try:
         tokenizer = kind.from_pretrained(path, trust_remote_code=False, local_files_only=True)
-    except Exception as error:  # transformers raises whatever its parsers raise
+    except BaseException as error:  # transformers raises whatever its parsers raise; a panic in Rust is no Exception
+        if isinstance(error, KeyboardInterrupt | SystemExit):
+            raise
         raise CheckpointError(
             f"cannot load the tokenizer in {path}: {error}", "A checkpoint carries tokenizer.json or tokenizer.model."
         ) from error
