@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
-import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -92,7 +90,8 @@ def merge_stage(
         windows: calibration token ids (N, T).
         calibration: where they are from, for the plan; ``sha256`` among it.
         settings: how to choose, or a plan to replay.
-        pieces: where finished pairs are kept, and taken from if an earlier run with the same inputs was killed.
+        pieces: where the original's states and finished pairs are kept, and taken from if an earlier run with the
+            same inputs was killed.
 
     Raises:
         UsageError: there are not as many pairs as are to be merged.
@@ -102,8 +101,6 @@ def merge_stage(
     for name in checkpoint.shards:  # those of the layers are checked when they first run; hours may lie between
         if checkpoint.architecture.split(name)[0] is None:
             require_finite(name, checkpoint.tensor(name))
-    for left in pieces.glob(f"{STATES}*"):  # of a run that was killed
-        shutil.rmtree(left)
 
     def work(ids: torch.Tensor) -> None:
         about = {**calibration, "tokens": ids.numel(), "left_out": len(windows) - len(ids)}
@@ -122,40 +119,40 @@ def _merge(
     progress: Progress,
 ) -> None:
     checkpoint = runner.checkpoint
-    with tempfile.TemporaryDirectory(prefix=STATES, dir=pieces) as folder:
-        # All windows take part in a fit, and run only to the layers that are fitted; a few of them are
-        # enough for the graph of the similarity, and run to the top after every merge.
-        trajectory = Trajectory(runner, ids, Path(folder) / "all")
-        probe = trajectory
-        if len(ids) > PROBE_WINDOWS:
-            probe = Trajectory(runner, ids, Path(folder) / "probe", every=len(ids) // PROBE_WINDOWS)
-        view = _Similarities(probe)
-        with progress.task("similarity of the layers", checkpoint.num_layers) as task:
-            before = view.matrix(task)
-        steps: list[Step] = []
-        choices = _replay(settings, trajectory) if isinstance(settings, Plan) else _choose(settings, view)
-        total = len(settings.steps) if isinstance(settings, Plan) else settings.remove
-        with progress.task(f"merging {total} times ({settings.method})", total) as task:
-            for position, similarity, alpha in choices:
-                lower, upper = trajectory.layers[position].span, trajectory.layers[position + 1].span
-                piece = _Piece(pieces, len(ids), [*steps, Step(lower, upper, similarity, alpha)])
-                figures = piece.figures()
-                if figures is None:
-                    figures = piece.keep(*METHODS[settings.method](trajectory, position, alpha))
-                for each in {trajectory, probe}:
-                    each.replace(position, piece.weights)
-                view.forget(position)
-                steps.append(Step(lower, upper, similarity, alpha, figures))
-                task.advance()
-        model = {
-            "architecture": checkpoint.architecture.name,
-            "layers": checkpoint.num_layers,
-            "fingerprint": checkpoint.fingerprint,
-        }
-        plan = Plan(model, settings.method, settings.schedule, settings.protect, calibration, steps)
-        after = view.matrix()
-        _write_checkpoint(trajectory, out)
-        view.probe.activations(str(calibration["sha256"])).save(out / ACTIVATIONS)
+    folder = pieces / f"{STATES}{len(ids)}"  # fewer where windows were left out
+    # All windows take part in a fit, and run only to the layers that are fitted; a few of them are
+    # enough for the graph of the similarity, and run to the top after every merge.
+    trajectory = Trajectory(runner, ids, folder / "all")
+    probe = trajectory
+    if len(ids) > PROBE_WINDOWS:
+        probe = Trajectory(runner, ids, folder / "probe", every=len(ids) // PROBE_WINDOWS)
+    view = _Similarities(probe)
+    with progress.task("similarity of the layers", checkpoint.num_layers) as task:
+        before = view.matrix(task)
+    steps: list[Step] = []
+    choices = _replay(settings, trajectory) if isinstance(settings, Plan) else _choose(settings, view)
+    total = len(settings.steps) if isinstance(settings, Plan) else settings.remove
+    with progress.task(f"merging {total} times ({settings.method})", total) as task:
+        for position, similarity, alpha in choices:
+            lower, upper = trajectory.layers[position].span, trajectory.layers[position + 1].span
+            piece = _Piece(pieces, len(ids), [*steps, Step(lower, upper, similarity, alpha)])
+            figures = piece.figures()
+            if figures is None:
+                figures = piece.keep(*METHODS[settings.method](trajectory, position, alpha))
+            for each in {trajectory, probe}:
+                each.replace(position, piece.weights)
+            view.forget(position)
+            steps.append(Step(lower, upper, similarity, alpha, figures))
+            task.advance()
+    model = {
+        "architecture": checkpoint.architecture.name,
+        "layers": checkpoint.num_layers,
+        "fingerprint": checkpoint.fingerprint,
+    }
+    plan = Plan(model, settings.method, settings.schedule, settings.protect, calibration, steps)
+    after = view.matrix()
+    _write_checkpoint(trajectory, out)
+    view.probe.activations(str(calibration["sha256"])).save(out / ACTIVATIONS)
     write_json(out / PLAN, plan.to_dict())
     write_json(
         out / SIMILARITY,

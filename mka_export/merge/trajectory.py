@@ -7,18 +7,22 @@ no more than the layers after it that matter.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from mka_export.hashes import file_sha256
 from mka_export.merge.states import StatesFile
 from mka_export.models.activations import Activations
 from mka_export.models.runner import LayerRunner, check_finite
 from mka_export.models.statistics import ColumnStatistics
+from mka_export.workspace import seal, sealed
 
 
 @dataclass(frozen=True)
@@ -48,8 +52,9 @@ class Trajectory:
         runner: runs the original model's layers, and layers with other weights.
         ids: token windows (N, T).
         every: only each ``every``-th of them.
-        folder: an empty folder for the states: (layers + 1) · N · T · hidden · 4 bytes, and as much
-            again for the part of the model that was merged.
+        folder: for the states: (layers + 1) · N · T · hidden · 4 bytes, and as much again for the part of the
+            model that was merged. What an earlier run of the same model over the same windows finished of the
+            original's is taken from there.
 
     Attributes:
         ids: the windows that take part.
@@ -63,7 +68,7 @@ class Trajectory:
     def __init__(self, runner: LayerRunner, ids: Tensor, folder: Path, every: int = 1) -> None:
         self.runner, self.folder = runner, folder
         self.ids, self.windows = ids[::every], range(0, len(ids), every)
-        folder.mkdir()
+        folder.mkdir(parents=True, exist_ok=True)
         self.layers = [Layer(i, i) for i in range(runner.checkpoint.num_layers)]
         self.layer_runs = 0
         self.largest_update: list[float] = []
@@ -73,7 +78,10 @@ class Trajectory:
         self._merged_known = 0  # the same in the model under merge, where it is not shared
         self._original_statistics: list[ColumnStatistics] = []
         self._merged_statistics: list[ColumnStatistics] = []
-        self._write(self._original(0), slice(0, len(self.ids)), runner.embed(self.ids))
+        self._key = hashlib.sha256(self.ids.numpy().tobytes()).hexdigest()
+        if self._finished(0) is None:
+            self._write(self._original(0), slice(0, len(self.ids)), runner.embed(self.ids))
+            seal(self._original(0).path, {"windows": self._key})
 
     def batches(self) -> Iterator[slice]:
         """Cut the windows into batches that fit in memory."""
@@ -134,10 +142,28 @@ class Trajectory:
 
     def _run_original(self, boundary: int) -> None:
         for index in range(self._original_known, boundary):
-            weights, source, out = self.runner.weights(index), self._original(index), self._original(index + 1)
-            self.largest_update.append(0.0)
-            self._original_statistics.append(self._run(index, weights, source, out, self._note_update))
+            out = self._original(index + 1)
+            saved = out.path.with_suffix(".statistics")
+            if about := self._finished(index + 1):
+                self.largest_update.append(about["update"])
+                statistics = ColumnStatistics.load(saved)
+            else:
+                self.largest_update.append(0.0)
+                weights, source = self.runner.weights(index), self._original(index)
+                statistics = self._run(index, weights, source, out, self._note_update)
+                statistics.save(saved)
+                about = {"windows": self._key, "update": self.largest_update[-1], "statistics": file_sha256(saved)}
+                seal(out.path, about)
+            self._original_statistics.append(statistics)
             self._original_known = index + 1
+
+    def _finished(self, boundary: int) -> dict[str, Any] | None:
+        """Return what is known of the original's states at ``boundary`` where an earlier run finished them."""
+        path = self._original(boundary).path
+        about, saved = sealed(path), path.with_suffix(".statistics")
+        if about is None or about["windows"] != self._key:
+            return None
+        return about if boundary == 0 or (saved.is_file() and file_sha256(saved) == about["statistics"]) else None
 
     def _note_update(self, before: Tensor, after: Tensor) -> None:
         update = float(((after - before).norm(dim=-1) / before.norm(dim=-1).clamp_min(1e-12)).max())

@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import torch
+from safetensors import safe_open
 from torch import Tensor
+
+from mka_export.models.checkpoint import save_tensors
+from mka_export.workspace import publish_file
 
 
 class ColumnStatistics:
@@ -26,6 +33,20 @@ class ColumnStatistics:
     def _add(self, path: str, total: Tensor, rows: int) -> None:
         self._sums[path] = self._sums[path] + total if path in self._sums else total
         self._rows[path] = self._rows.get(path, 0) + rows
+
+    def save(self, path: Path) -> None:
+        """Write to a safetensors file."""
+        with publish_file(path) as writing:
+            save_tensors(self._sums, writing, {"rows": json.dumps(self._rows)})
+
+    @classmethod
+    def load(cls, path: Path) -> ColumnStatistics:
+        """Read what ``save`` wrote."""
+        found = cls()
+        with safe_open(path, framework="pt") as f:
+            found._rows = json.loads(f.metadata()["rows"])
+            found._sums = {name: f.get_tensor(name) for name in found._rows}
+        return found
 
     @property
     def mean_square(self) -> dict[str, Tensor]:

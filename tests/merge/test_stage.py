@@ -167,6 +167,34 @@ def test_a_merge_runs_only_the_layers_after_it(pico_llama, tmp_path):
     assert trajectory.layer_runs == 5 + 2 + 2
 
 
+def test_the_originals_states_are_taken_from_a_run_that_was_killed(pico_llama, tmp_path):
+    everything, ids = slice(0, 8), torch.from_numpy(WINDOWS)
+
+    def again(ids: torch.Tensor) -> Trajectory:
+        return Trajectory(LayerRunner(Checkpoint.open(pico_llama)), ids, tmp_path / "s")
+
+    killed = again(ids)
+    killed.before(4, everything)
+    same(killed, 2)
+    killed.before(3, everything)
+    resumed = again(ids)
+    states, told = resumed.before(6, everything), resumed.activations("").mean_square
+    assert resumed.layer_runs == 2
+    assert resumed.largest_update[:4] == killed.largest_update[:4]
+    flipped = tmp_path / "s" / "original-3.f32"
+    data = flipped.read_bytes()
+    flipped.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+    (tmp_path / "s" / "original-5.statistics").unlink()
+    mended = again(ids)
+    assert torch.equal(mended.before(6, everything), states)
+    assert mended.layer_runs == 2
+    for name, mean_square in mended.activations("").mean_square.items():
+        assert torch.equal(mean_square, told[name])
+    others = again(ids.flip(0))
+    assert torch.equal(others.before(6, everything), states.flip(0))
+    assert others.layer_runs == 6
+
+
 def test_states_after_a_merge_are_those_of_the_merged_model(pico_llama, tmp_path):
     runner = LayerRunner(Checkpoint.open(pico_llama))
     trajectory = Trajectory(runner, torch.from_numpy(WINDOWS), tmp_path / "s")
