@@ -66,6 +66,7 @@ class Job:
             check_ours(out)
         self.out = out
         self._text = read_texts(texts)
+        self._reference_samples: list[str] | None = None
 
     def open(self) -> None:
         """Fetch the model and cut the token windows.
@@ -97,10 +98,12 @@ class Job:
         """The original model in torch."""
         return TorchRuntime(self.original.path, device=self.device.device, progress=self.progress)
 
-    @cached_property
-    def reference_samples(self) -> list[str]:
-        """The original's continuations of the sample prompts."""
-        return _continuations(self.reference, self.prompts)
+    def reference_samples(self, drafts: list[list[int]]) -> list[str]:
+        """Return the original's continuations of the sample prompts, found sooner where an artifact's are alike."""
+        if self._reference_samples is None:
+            ids = self.reference.generate(self.prompts, SAMPLE_TOKENS, drafts)
+            self._reference_samples = [self.reference.detokenize(each) for each in ids]
+        return self._reference_samples
 
     def runtime_options(self, name: str) -> dict[str, Any]:
         """Return what ``open_runtime`` is told about devices."""
@@ -149,12 +152,13 @@ class Job:
                     bytes_per_token=self.evaluation.bytes_per_token,
                     progress=self.progress,
                 )
-                continuations = _continuations(runtime, self.prompts)
+                drafts = runtime.generate(self.prompts, SAMPLE_TOKENS)
+                continuations = [runtime.detokenize(ids) for ids in drafts]
         except RuntimeFailure as error:
             return {**entry, **judge(None, *limits, failures=[*failures, str(error)]).to_dict()}
         entry["samples"] = [
             {"prompt": p, "original": o, "artifact": a}
-            for p, o, a in zip(sample_prompts(), self.reference_samples, continuations, strict=True)
+            for p, o, a in zip(sample_prompts(), self.reference_samples(drafts), continuations, strict=True)
         ]
         entry |= judge(comparison, *limits, failures=failures).to_dict()
         entry["warnings"] = [*artifact.details.get("warnings", []), *oddities, *entry["warnings"]]
@@ -218,10 +222,6 @@ class Job:
         if any(t["artifact"] is None for t in report["targets"]):
             return 1
         return EXIT_CODES[worst(t["verdict"] for t in report["targets"])]
-
-
-def _continuations(runtime: Runtime, prompts: list[list[int]]) -> list[str]:
-    return [runtime.detokenize(ids) for ids in runtime.generate(prompts, SAMPLE_TOKENS)]
 
 
 def stem(model: str) -> str:

@@ -94,6 +94,24 @@ def test_generation_is_greedy(runtime: Runtime, model: torch.nn.Module, windows:
     assert runtime.generate(prompts, 12) == expected
 
 
+def test_drafts_save_passes_and_change_nothing(torch_runtime: TorchRuntime, monkeypatch: pytest.MonkeyPatch) -> None:
+    passes = []
+    run = torch_runtime._runner.hidden_states
+    monkeypatch.setattr(torch_runtime._runner, "hidden_states", lambda ids: passes.append(1) or run(ids))
+
+    def generated(drafts: list[list[int]] | None) -> tuple[list[list[int]], int]:
+        passes.clear()
+        return torch_runtime.generate(prompts, 12, drafts), len(passes)
+
+    prompts = [torch_runtime.tokenize("The harbour was"), torch_runtime.tokenize("One two three"), [7]]
+    expected, _ = generated(None)
+    longest = max(len(ids) + (len(ids) < 12) for ids in expected)  # an end takes a pass too
+    assert generated(None) == (expected, longest)
+    assert generated(expected) == (expected, 1)
+    assert generated([[*ids[:5], (ids[5] + 1) % 600, *ids[6:]] for ids in expected]) == (expected, 2)
+    assert generated([[3] * 20, [], [10**9]]) == (expected, longest)
+
+
 def test_generation_stops_at_an_end_token(runtime: Runtime, monkeypatch: pytest.MonkeyPatch) -> None:
     prompt = runtime.tokenize("The harbour was")
     (free,) = runtime.generate([prompt], 6)
