@@ -8,6 +8,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from types import FrameType
 
 GRACE = 1.5  # seconds for an orderly end
 EXIT_CODE = 130  # 128 + SIGINT, as shells have it
@@ -29,16 +30,25 @@ def obeyed(say: Callable[[], None]) -> Iterator[None]:
     heard, tell = os.pipe()
     os.set_blocking(tell, False)
     previous = signal.set_wakeup_fd(tell, warn_on_full_buffer=False)
-    ended = threading.Event()
+    interrupted, ended = threading.Event(), threading.Event()
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        interrupted.set()
+        signal.default_int_handler(number, frame)
+
+    handler = signal.signal(signal.SIGINT, interrupt)
     watcher = threading.Thread(target=_watch, args=(heard, ended, say), daemon=True)
     watcher.start()
     try:
         yield
-    except KeyboardInterrupt:
-        say()
+    except (KeyboardInterrupt, Exception) as error:
+        if not (interrupted.is_set() or isinstance(error, KeyboardInterrupt)):
+            raise
+        say()  # also of another error: C code that calls Python may make one of the interrupt, as safetensors does
         sys.exit(EXIT_CODE)
     finally:
         ended.set()
+        signal.signal(signal.SIGINT, handler)
         signal.set_wakeup_fd(previous)
         os.close(tell)  # the watcher reads the end of the pipe
         watcher.join()

@@ -20,6 +20,7 @@ from mka_export.models.runner import check_finite
 Fused = dict[str, Tensor]
 METHODS: dict[str, Callable[[Trajectory, int, float], tuple[Fused, dict[str, float]]]] = {}
 
+ROWS = ("gate", "up")  # the roles that read the stream
 SELECTION_TOKENS = 8192  # that decide which neurons stay; 2 048 make SmolLM2 at 24 layers 2 % worse
 FIT_TOKENS = 512  # whose neurons are in memory at a time: 59 MB for the 28 672 of two layers of an 8B model
 
@@ -72,19 +73,21 @@ def compete(trajectory: Trajectory, position: int, alpha: float) -> tuple[Fused,
     attention = [name for name in found if not name.startswith(mlp)]
     tokens = _Tokens(trajectory, position, attention)
 
-    gate, up = (
-        torch.cat([_normed(trajectory, place, roles[role]) for place in (position, position + 1)])
-        for role in ("gate", "up")
-    )
-    name = roles["down"]
-    down = torch.cat([trajectory.weights(place, name)[name] for place in (position, position + 1)], dim=1)
+    places, name = (position, position + 1), roles["down"]
+    down = torch.cat([trajectory.weights(place, name)[name] for place in places], dim=1)
     width = down.shape[1] // 2
     some = tokens.spread(SELECTION_TOKENS)
-    everyone = ridge(lambda: tokens.neurons(gate, up, some), len(some), down)
+    files = [_activations(trajectory, place, tokens, some) for place in places]
+    everyone = ridge(lambda: tokens.read_neurons(files, some), len(some), down)
     strength = everyone.weights.norm(dim=0) * everyone.root_mean_square
     kept = strength.topk(width).indices.sort().values
-    gate, up, down = gate[kept], up[kept], down[:, kept]
     del everyone
+    down = down[:, kept]
+    parts = kept[kept < width], kept[kept >= width] - width
+    gate, up = (
+        torch.cat([_normed(trajectory, place, roles[role])[part] for place, part in zip(places, parts, strict=True)])
+        for role in ROWS
+    )
     fit = ridge(lambda: tokens.neurons(gate, up), tokens.count, down)
     tokens.delete()
     # Scale moves freely between the norm and the columns: even columns quantize best.
@@ -109,6 +112,13 @@ def _normed(trajectory: Trajectory, position: int, name: str) -> Tensor:
     return weights[name].mul_(weights[norm])
 
 
+def _activations(trajectory: Trajectory, position: int, tokens: _Tokens, chosen: Tensor) -> StatesFile:
+    """Put the activations of a layer's neurons on disk, so that one layer's rows are in memory at a time."""
+    roles = trajectory.runner.checkpoint.architecture.layer
+    gate, up = (_normed(trajectory, position, roles[role]) for role in ROWS)
+    return tokens.neurons_on_disk(gate, up, chosen)
+
+
 class _Tokens:
     """What the MLP of a pair's lower layer reads, and what it should add, for every calibration token, on disk."""
 
@@ -116,7 +126,8 @@ class _Tokens:
         from transformers.activations import ACT2FN  # seconds, which bad input need not wait for
 
         runner, checkpoint = trajectory.runner, trajectory.runner.checkpoint
-        self.device, self.count = runner.device, trajectory.ids.numel()
+        self.device, self.count, self._folder = runner.device, trajectory.ids.numel(), trajectory.folder
+        self._extra: list[StatesFile] = []
         self._activation = ACT2FN[checkpoint.config["hidden_act"]]
         self._inputs, self._targets, self._weights = (
             StatesFile(trajectory.folder / f"fit-{name}.f32", columns)
@@ -148,6 +159,28 @@ class _Tokens:
 
     def neurons(self, gate: Tensor, up: Tensor, chosen: Tensor | None = None) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield the activations of neurons with rows ``gate`` and ``up``, and their targets, for some tokens or all."""
+        for inputs, targets, weight in self._blocks(chosen):
+            yield self._activation(inputs @ gate.T).mul_(inputs @ up.T).mul_(weight), targets
+
+    def neurons_on_disk(self, gate: Tensor, up: Tensor, chosen: Tensor) -> StatesFile:
+        """Write the activations of neurons for some tokens; returns the file: (len(chosen), neurons)."""
+        self._extra.append(StatesFile(self._folder / f"fit-neurons-{len(self._extra)}.f32", len(gate)))
+        first = 0
+        for activations, _ in self.neurons(gate, up, chosen):
+            self._extra[-1].write(first, activations)
+            first += len(activations)
+        return self._extra[-1]
+
+    def read_neurons(self, files: list[StatesFile], chosen: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield the activations in all of ``files``, side by side, and the targets of the tokens they are for."""
+        first = 0
+        for _, targets, _ in self._blocks(chosen):
+            rows = slice(first, first + len(targets))
+            yield torch.cat([file.read(rows).to(self.device) for file in files], dim=1), targets
+            first = rows.stop
+
+    def _blocks(self, chosen: Tensor | None) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """Yield inputs, targets and weights of ``FIT_TOKENS`` tokens at a time, of which the ``chosen`` ones."""
         for start in range(0, self.count, FIT_TOKENS):
             rows = slice(start, min(start + FIT_TOKENS, self.count))
             inputs, targets, weight = (
@@ -156,9 +189,9 @@ class _Tokens:
             if chosen is not None:
                 here = (chosen[(chosen >= start) & (chosen < rows.stop)] - start).to(self.device)
                 inputs, targets, weight = inputs[here], targets[here], weight[here]
-            yield (self._activation(inputs @ gate.T)).mul_(inputs @ up.T).mul_(weight), targets
+            yield inputs, targets, weight
 
     def delete(self) -> None:
         """Free the disk."""
-        for file in (self._inputs, self._targets, self._weights):
+        for file in (self._inputs, self._targets, self._weights, *self._extra):
             file.path.unlink()

@@ -29,7 +29,7 @@ def merge_need(model: Outline, remove: int, method: str, tokens: int, window: in
     probe = min(tokens, PROBE_WINDOWS * window)
     boundaries = 2 * (model.num_layers + 1)  # of the original, and of the model under merge
     states = boundaries * (tokens + (probe if probe < tokens else 0)) * model.hidden_size * FLOAT
-    fit = tokens * (2 * model.hidden_size + 1) * FLOAT
+    fit = (tokens * (2 * model.hidden_size + 1) + min(tokens, SELECTION_TOKENS) * _neurons(model)) * FLOAT
     largest = model.itemsize * max(map(math.prod, model.shapes.values()))
     work = {"mka": _competition_bytes(model, tokens), "mka-paper": 3 * layer}[method]
     return Need(
@@ -41,16 +41,20 @@ def merge_need(model: Outline, remove: int, method: str, tokens: int, window: in
 
 def _competition_bytes(model: Outline, tokens: int) -> int:
     """The larger of the two regressions of ``fuse.compete``: values of float32, in bytes."""
-    down = model.layer[model.architecture.layer["down"]]
-    hidden, both, width = down[0], 2 * down[1], down[1]
-    some = min(tokens, SELECTION_TOKENS)
-    choice = _ridge_values(some, both, hidden) + 3 * both * hidden + 3 * FIT_TOKENS * both
+    hidden, both = model.hidden_size, _neurons(model)
+    width = both // 2
+    choice = _ridge_values(min(tokens, SELECTION_TOKENS), both, hidden) + both * hidden + 3 * FIT_TOKENS * both
     fit = _ridge_values(tokens, width, hidden) + 3 * width * hidden + 3 * FIT_TOKENS * width
     return FLOAT * max(choice, fit)
+
+
+def _neurons(model: Outline) -> int:
+    """The MLP neurons of two layers."""
+    return 2 * model.layer[model.architecture.layer["down"]][1]
 
 
 def _ridge_values(rows: int, features: int, outputs: int) -> int:
     """What ``ridge`` holds: a Gram matrix and its factor, then the change of the weights, and A where that is smaller."""
     if rows < features:
-        return rows * (features + 2 * outputs) + max(2 * rows * rows, 2 * outputs * features)
-    return 2 * features * (features + 2 * outputs)
+        return rows * (features + 2 * outputs) + max(2 * rows * rows, outputs * features)
+    return features * (2 * features + 3 * outputs)

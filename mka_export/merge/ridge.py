@@ -72,8 +72,8 @@ def _in_features(blocks: Blocks, rows: int, prior: Tensor) -> Fit:
     change = _solve(gram, cross)
     # ‖A Δᵀ − residual‖² by the equations that Δ solves.
     left = before - float((change * cross).sum(dtype=torch.float64)) - RIDGE * _energy(change)
-    weights = prior + (change / scale[:, None]).T
-    return Fit(weights, scale / rows**0.5, max(0.0, left / energy))
+    change /= scale[:, None]
+    return Fit(change.add_(prior.T).T, scale / rows**0.5, max(0.0, left / energy))
 
 
 def _in_rows(blocks: Blocks, rows: int, prior: Tensor) -> Fit:
@@ -93,11 +93,11 @@ def _in_rows(blocks: Blocks, rows: int, prior: Tensor) -> Fit:
         kernel[start:, start : start + _COLUMNS] = a[start:] @ a[start : start + _COLUMNS].T
     kernel.diagonal().add_(1.0)
     left = _solve(kernel, residual)
-    del kernel
+    del kernel, residual
     change = a.T @ left
     del a
     change /= scale[:, None] * RIDGE**0.5
-    return Fit(prior + change.T, scale / rows**0.5, _energy(left) / energy)
+    return Fit(change.add_(prior.T).T, scale / rows**0.5, _energy(left) / energy)
 
 
 def _scale(squares: Tensor) -> Tensor:

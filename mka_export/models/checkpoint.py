@@ -130,12 +130,12 @@ class Checkpoint:
 
     def layer(self, index: int, *names: str) -> dict[str, Tensor]:
         """Read tensors of layer ``index``, those called ``names`` or all: name inside the layer -> tensor."""
-        return {
-            inside: self.tensor(name)
-            for name in self.shards
-            for at, inside in [self.architecture.split(name)]
-            if at == index and (not names or inside in names)
-        }
+        found = {self.architecture.split(name)[1]: name for name in self.layer_names(index)}
+        return {inside: self.tensor(name) for inside, name in found.items() if not names or inside in names}
+
+    def layer_names(self, index: int) -> list[str]:
+        """Return the names of the tensors of layer ``index``."""
+        return [name for name in self.shards if self.architecture.split(name)[0] == index]
 
     @cached_property
     def fingerprint(self) -> str:

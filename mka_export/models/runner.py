@@ -15,6 +15,7 @@ from torch.func import functional_call
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from mka_export.errors import CheckpointError, MkaError, UsageError, out_of_memory
+from mka_export.memory import return_freed_blocks
 from mka_export.models.checkpoint import CONFIG, Checkpoint, require_finite
 from mka_export.models.outline import Outline
 from mka_export.models.statistics import ColumnStatistics
@@ -26,6 +27,8 @@ Result = TypeVar("Result")
 # Tokens that go through a layer together: enough to keep the cores busy, few enough that the widest
 # intermediate of an 8B model (14 336 neurons, float32) stays near 100 MB.
 BATCH_TOKENS = 2048
+
+LARGE_LAYER = 1 << 24  # weights, from which on what freed tensors leave behind matters
 
 MAX_LEFT_OUT = 0.1  # of the calibration windows, where a layer makes NaN of them
 
@@ -50,6 +53,8 @@ class LayerRunner:
         self.checkpoint = checkpoint
         self.device = pick_device(device)
         self._model = _empty_model(checkpoint)
+        if sum(math.prod(checkpoint.shape(name)) for name in checkpoint.layer_names(0)) >= LARGE_LAYER:
+            return_freed_blocks()
         architecture = checkpoint.architecture
         self._layers = self._model.get_submodule(architecture.layers)
         self._parent, _, self._layers_name = architecture.layers.rpartition(".")

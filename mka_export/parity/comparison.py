@@ -137,11 +137,13 @@ def measuring_bytes(model: Outline, artifact: int, windows: int, tokens: int) ->
         windows: evaluation windows.
         tokens: in each of them.
     """
-    states = 2 * 4 * windows * tokens * model.hidden_size  # of the original and the checkpoint
+    states = (
+        2 * 4 * windows * tokens * model.hidden_size
+    )  # of the original and the checkpoint, before the runtime starts
     # A window's log-probabilities in float32: of the original, the checkpoint and the artifact, the next window's
     # while these are still held, and the runtime's own rows.
     log_probs = 6 * 4 * tokens * model.vocab_size
-    return layer_pass_bytes(model) + states + log_probs + artifact
+    return states + max(layer_pass_bytes(model), log_probs + artifact)
 
 
 def _step(name: str, runtime: Runtime, nll: Values, bytes_per_token: float | None) -> Step:

@@ -23,7 +23,7 @@ from mka_export.models.text import sample_prompts, tokenizer_corpus, tokenizer_o
 from mka_export.models.tokenizer import leading_id, load_tokenizer, require_rows, text_ids
 from mka_export.options import DeviceOptions, OutputOptions, TextOptions
 from mka_export.parity.comparison import measure
-from mka_export.parity.runtimes import Runtime, open_runtime
+from mka_export.parity.runtimes import open_runtime
 from mka_export.parity.runtimes.torch_runtime import TorchRuntime
 from mka_export.parity.tokenizer_check import first_difference
 from mka_export.parity.verdict import EXIT_CODES, judge, worst
@@ -129,6 +129,9 @@ class Job:
         corpus = [*tokenizer_corpus(), self._text.evaluation.text]
         limits = (target.conversion, target.compression)
         merged = self._checkpoint_runtime(checkpoint)
+        for reference in (self.reference, merged):
+            if reference is not None:  # before the artifact is in memory too
+                reference.run(self.evaluation.ids)
         try:
             with closing(
                 open_runtime(target.runtime, artifact.path, **self.runtime_options(target.runtime))
@@ -164,7 +167,7 @@ class Job:
         entry["warnings"] = [*artifact.details.get("warnings", []), *oddities, *entry["warnings"]]
         return entry
 
-    def _checkpoint_runtime(self, checkpoint: Checkpoint | None) -> Runtime | None:
+    def _checkpoint_runtime(self, checkpoint: Checkpoint | None) -> TorchRuntime | None:
         if checkpoint is None:
             return None
         if checkpoint is self.original:

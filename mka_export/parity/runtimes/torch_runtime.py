@@ -60,12 +60,18 @@ class TorchRuntime:
     def log_probs(self, windows: Windows) -> Iterator[LogProbs]:
         """Yield, window by window, (tokens, vocabulary) log-probabilities; row t is for token t + 1.
 
-        All windows go through all layers in this call, each layer being read once; the iterator it returns
-        applies only the head. The last windows' states are kept: several artifacts are compared with one model.
+        See ``run``: the iterator that is returned applies only the head.
+        """
+        return (self._window(states) for states in self.run(windows))
+
+    def run(self, windows: Windows) -> Tensor:
+        """Pass windows through all layers, each layer being read once: (windows, tokens, hidden).
+
+        The last windows' states are kept: several artifacts are compared with one model.
         """
         if self._last is None or not np.array_equal(self._last[0], windows):
             self._last = windows, self._runner.hidden_states(torch.from_numpy(windows), self._progress)
-        return (self._window(window) for window in self._last[1])
+        return self._last[1]
 
     def generate(
         self, prompts: Sequence[Sequence[int]], max_new_tokens: int, drafts: Sequence[Sequence[int]] | None = None
