@@ -28,7 +28,7 @@ Result = TypeVar("Result")
 # intermediate of an 8B model (14 336 neurons, float32) stays near 100 MB.
 BATCH_TOKENS = 2048
 
-LARGE_LAYER = 1 << 24  # weights, from which on what freed tensors leave behind matters
+LARGE_LAYER = 1 << 22  # weights, from which on it costs little to keep nothing that is freed
 
 MAX_LEFT_OUT = 0.1  # of the calibration windows, where a layer makes NaN of them
 
@@ -53,8 +53,8 @@ class LayerRunner:
         self.checkpoint = checkpoint
         self.device = pick_device(device)
         self._model = _empty_model(checkpoint)
-        if sum(math.prod(checkpoint.shape(name)) for name in checkpoint.layer_names(0)) >= LARGE_LAYER:
-            return_freed_blocks()
+        weights = sum(math.prod(checkpoint.shape(name)) for name in checkpoint.layer_names(0))
+        return_freed_blocks(1 << 20 if weights >= LARGE_LAYER else 16 << 20)
         architecture = checkpoint.architecture
         self._layers = self._model.get_submodule(architecture.layers)
         self._parent, _, self._layers_name = architecture.layers.rpartition(".")
