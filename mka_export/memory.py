@@ -13,7 +13,8 @@ def return_freed_blocks(nbytes: int) -> None:
 
     glibc otherwise raises that size to 32 MB as it goes, and keeps what is smaller, in pieces that fit nothing: measured
     on layers of 54 M weights, 2.4 GB at most instead of 1.2 with a megabyte. New pages have to be cleared, which with
-    such layers is not noticed, and with those of SmolLM2-135M takes 45 % longer (6 % with 16 MB). Elsewhere than with glibc nothing is done.
+    such layers is not noticed, and with those of SmolLM2-135M takes 45 % longer (6 % with 16 MB). Elsewhere than with
+    glibc nothing is done.
     """
     with contextlib.suppress(AttributeError):
         library = ctypes.CDLL(None)

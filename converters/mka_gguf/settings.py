@@ -18,13 +18,11 @@ class Precision:
     Attributes:
         file_type: llama.cpp's number for the mix.
         matrix: the type of most matrices.
-        better: the type of the head, and of some matrices of the layers.
         imatrix: whether column statistics are used unless the target says otherwise: at 4 bits and fewer.
     """
 
     file_type: LlamaFileType
     matrix: GGMLQuantizationType
-    better: GGMLQuantizationType
     imatrix: bool = False
 
     @property
@@ -39,22 +37,16 @@ class Precision:
 
 
 PRECISIONS = {
-    "f32": Precision(LlamaFileType.ALL_F32, GGMLQuantizationType.F32, GGMLQuantizationType.F32),
-    "f16": Precision(LlamaFileType.MOSTLY_F16, GGMLQuantizationType.F16, GGMLQuantizationType.F16),
-    "bf16": Precision(LlamaFileType.MOSTLY_BF16, GGMLQuantizationType.BF16, GGMLQuantizationType.BF16),
-    "q8_0": Precision(LlamaFileType.MOSTLY_Q8_0, GGMLQuantizationType.Q8_0, GGMLQuantizationType.Q8_0),
-    "q6_k": Precision(LlamaFileType.MOSTLY_Q6_K, GGMLQuantizationType.Q6_K, GGMLQuantizationType.Q6_K),
-    "q5_k_m": Precision(LlamaFileType.MOSTLY_Q5_K_M, GGMLQuantizationType.Q5_K, GGMLQuantizationType.Q6_K),
-    "q4_k_m": Precision(
-        LlamaFileType.MOSTLY_Q4_K_M, GGMLQuantizationType.Q4_K, GGMLQuantizationType.Q6_K, imatrix=True
-    ),
-    "q4_0": Precision(LlamaFileType.MOSTLY_Q4_0, GGMLQuantizationType.Q4_0, GGMLQuantizationType.Q6_K, imatrix=True),
-    "q3_k_m": Precision(
-        LlamaFileType.MOSTLY_Q3_K_M, GGMLQuantizationType.Q3_K, GGMLQuantizationType.Q6_K, imatrix=True
-    ),
-    "iq4_xs": Precision(
-        LlamaFileType.MOSTLY_IQ4_XS, GGMLQuantizationType.IQ4_XS, GGMLQuantizationType.Q6_K, imatrix=True
-    ),
+    "f32": Precision(LlamaFileType.ALL_F32, GGMLQuantizationType.F32),
+    "f16": Precision(LlamaFileType.MOSTLY_F16, GGMLQuantizationType.F16),
+    "bf16": Precision(LlamaFileType.MOSTLY_BF16, GGMLQuantizationType.BF16),
+    "q8_0": Precision(LlamaFileType.MOSTLY_Q8_0, GGMLQuantizationType.Q8_0),
+    "q6_k": Precision(LlamaFileType.MOSTLY_Q6_K, GGMLQuantizationType.Q6_K),
+    "q5_k_m": Precision(LlamaFileType.MOSTLY_Q5_K_M, GGMLQuantizationType.Q5_K),
+    "q4_k_m": Precision(LlamaFileType.MOSTLY_Q4_K_M, GGMLQuantizationType.Q4_K, imatrix=True),
+    "q4_0": Precision(LlamaFileType.MOSTLY_Q4_0, GGMLQuantizationType.Q4_0, imatrix=True),
+    "q3_k_m": Precision(LlamaFileType.MOSTLY_Q3_K_M, GGMLQuantizationType.Q3_K, imatrix=True),
+    "iq4_xs": Precision(LlamaFileType.MOSTLY_IQ4_XS, GGMLQuantizationType.IQ4_XS, imatrix=True),
 }
 
 

@@ -14,7 +14,8 @@ from mka_gguf.settings import Precision, read_settings
 
 TOKEN_BYTES = 64  # of metadata for each token of a vocabulary, with its merges
 HEADER_BYTES = 1 << 20
-BETTER = ("v", "down", "o")  # roles of which a mix stores some in its better type
+BETTER_TYPE = GGMLQuantizationType.Q6_K  # of the head, and of some matrices, in every mix below it
+BETTER = ("v", "down", "o")  # the roles of those matrices
 BETTER_SHARE = 0.6  # of them, at most: half of the layers, rounded up
 
 # What llama.cpp takes where a row does not fit the block of a type.
@@ -50,7 +51,8 @@ def _tensor_bytes(model: Outline, name: str, precision: Precision) -> float:
     if len(shape) == 1:
         return 4 * values
     tensors, (index, inside) = model.architecture.tensors, model.architecture.split(name)
-    main, better = (_bytes_per_value(kind, row) for kind in (precision.matrix, precision.better))
+    main = _bytes_per_value(precision.matrix, row)
+    better = max(main, _bytes_per_value(BETTER_TYPE, row))
     if index is not None:
         share = BETTER_SHARE if model.architecture.roles[inside] in BETTER else 0.0
     else:

@@ -6,38 +6,54 @@ that stands there afterwards, with the tensors and shapes of the family: the arc
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
 
 from mka_export.errors import UnsupportedError
-from mka_export.merge.ridge import ridge
+from mka_export.merge.ridge import ridge, ridge_values
 from mka_export.merge.states import StatesFile
 from mka_export.merge.trajectory import Trajectory
+from mka_export.models.outline import Outline
 from mka_export.models.runner import check_finite
 
 Fused = dict[str, Tensor]
 METHODS: dict[str, Callable[[Trajectory, int, float], tuple[Fused, dict[str, float]]]] = {}
+MEMORY: dict[str, Callable[[Outline, int], int]] = {}
 
+FLOAT = 4  # bytes
 ROWS = ("gate", "up")  # the roles that read the stream
 SELECTION_TOKENS = 8192  # that decide which neurons stay; 2 048 make SmolLM2 at 24 layers 2 % worse
 FIT_TOKENS = 512  # whose neurons are in memory at a time: 59 MB for the 28 672 of two layers of an 8B model
 
 
-def method(name: str) -> Callable[..., Callable[..., tuple[Fused, dict[str, float]]]]:
-    """Register a way to fuse: ``(trajectory, position, alpha) -> (weights, figures for the plan)``."""
+def method(
+    name: str, memory: Callable[[Outline, int], int]
+) -> Callable[..., Callable[..., tuple[Fused, dict[str, float]]]]:
+    """Register a way to fuse: ``(trajectory, position, alpha) -> (weights, figures for the plan)``.
+
+    Args:
+        name: of ``--method``.
+        memory: ``(model, calibration tokens) -> bytes`` that it holds at most.
+    """
 
     def register(
         function: Callable[..., tuple[Fused, dict[str, float]]],
     ) -> Callable[..., tuple[Fused, dict[str, float]]]:
-        METHODS[name] = function
+        METHODS[name], MEMORY[name] = function, memory
         return function
 
     return register
 
 
-@method("mka-paper")
+def _average_bytes(model: Outline, tokens: int) -> int:
+    """Two layers and the one made of them, in float32."""
+    return 3 * FLOAT * sum(map(math.prod, model.layer.values()))
+
+
+@method("mka-paper", _average_bytes)
 def average(trajectory: Trajectory, position: int, alpha: float) -> tuple[Fused, dict[str, float]]:
     """θ = α θ_l + (1 − α) θ_m for every tensor of the layers (arXiv 2406.16330, eq. 9).
 
@@ -52,7 +68,16 @@ def average(trajectory: Trajectory, position: int, alpha: float) -> tuple[Fused,
     return {name: torch.lerp(upper[name], lower[name], alpha) for name in lower}, {}
 
 
-@method("mka")
+def _competition_bytes(model: Outline, tokens: int) -> int:
+    """The larger of the two regressions of ``compete``, in float32."""
+    hidden, width = model.layer[model.architecture.layer["down"]]
+    both = 2 * width
+    choice = ridge_values(min(tokens, SELECTION_TOKENS), both, hidden) + both * hidden + 3 * FIT_TOKENS * both
+    fit = ridge_values(tokens, width, hidden) + 3 * width * hidden + 3 * FIT_TOKENS * width
+    return FLOAT * max(choice, fit)
+
+
+@method("mka", _competition_bytes)
 def compete(trajectory: Trajectory, position: int, alpha: float) -> tuple[Fused, dict[str, float]]:
     """Let both layers' MLP neurons compete for the merged layer's places, and refit ``down_proj``.
 
@@ -159,7 +184,7 @@ class _Tokens:
 
     def neurons(self, gate: Tensor, up: Tensor, chosen: Tensor | None = None) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield the activations of neurons with rows ``gate`` and ``up``, and their targets, for some tokens or all."""
-        for inputs, targets, weight in self._blocks(chosen):
+        for inputs, targets, weight in self._blocks(chosen, self._inputs, self._targets, self._weights):
             yield self._activation(inputs @ gate.T).mul_(inputs @ up.T).mul_(weight), targets
 
     def neurons_on_disk(self, gate: Tensor, up: Tensor, chosen: Tensor) -> StatesFile:
@@ -174,22 +199,20 @@ class _Tokens:
     def read_neurons(self, files: list[StatesFile], chosen: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield the activations in all of ``files``, side by side, and the targets of the tokens they are for."""
         first = 0
-        for _, targets, _ in self._blocks(chosen):
+        for (targets,) in self._blocks(chosen, self._targets):
             rows = slice(first, first + len(targets))
             yield torch.cat([file.read(rows).to(self.device) for file in files], dim=1), targets
             first = rows.stop
 
-    def _blocks(self, chosen: Tensor | None) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """Yield inputs, targets and weights of ``FIT_TOKENS`` tokens at a time, of which the ``chosen`` ones."""
+    def _blocks(self, chosen: Tensor | None, *files: StatesFile) -> Iterator[list[Tensor]]:
+        """Yield what is in ``files`` for ``FIT_TOKENS`` tokens at a time, of which the ``chosen`` ones."""
         for start in range(0, self.count, FIT_TOKENS):
             rows = slice(start, min(start + FIT_TOKENS, self.count))
-            inputs, targets, weight = (
-                file.read(rows).to(self.device) for file in (self._inputs, self._targets, self._weights)
-            )
+            found = [file.read(rows).to(self.device) for file in files]
             if chosen is not None:
                 here = (chosen[(chosen >= start) & (chosen < rows.stop)] - start).to(self.device)
-                inputs, targets, weight = inputs[here], targets[here], weight[here]
-            yield inputs, targets, weight
+                found = [each[here] for each in found]
+            yield found
 
     def delete(self) -> None:
         """Free the disk."""

@@ -51,6 +51,13 @@ def ridge(blocks: Blocks, rows: int, prior: Tensor) -> Fit:
     return _in_rows(blocks, rows, prior) if rows < prior.shape[1] else _in_features(blocks, rows, prior)
 
 
+def ridge_values(rows: int, features: int, outputs: int) -> int:
+    """How many numbers ``ridge`` holds at most: a Gram matrix and its factor, the change of the weights, A if it must."""
+    if rows < features:
+        return rows * (features + 2 * outputs) + max(2 * rows * rows, outputs * features)
+    return features * (2 * features + 3 * outputs)
+
+
 def _in_features(blocks: Blocks, rows: int, prior: Tensor) -> Fit:
     """(D⁻¹AᵀAD⁻¹ + RIDGE) D(W − prior)ᵀ = D⁻¹Aᵀ(Y − A priorᵀ), D² the diagonal of AᵀA."""
     outputs, features = prior.shape

@@ -137,9 +137,8 @@ def measuring_bytes(model: Outline, artifact: int, windows: int, tokens: int) ->
         windows: evaluation windows.
         tokens: in each of them.
     """
-    states = (
-        2 * 4 * windows * tokens * model.hidden_size
-    )  # of the original and the checkpoint, before the runtime starts
+    # The original and the checkpoint run before the runtime starts, and leave their states.
+    states = 2 * 4 * windows * tokens * model.hidden_size
     # A window's log-probabilities in float32: of the original, the checkpoint and the artifact, the next window's
     # while these are still held, and the runtime's own rows.
     log_probs = 6 * 4 * tokens * model.vocab_size

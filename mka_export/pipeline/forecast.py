@@ -71,9 +71,9 @@ class Forecast:
     def disk_shortfalls(self) -> list[str]:
         """Which disks have too little room, in words."""
         return [
-            f"{size(nbytes)} of disk in {folder}, where {size(free_bytes(folder))} are free"
+            f"{size(nbytes)} of disk in {folder}, where {size(free)} are free"
             for folder, nbytes in self.disks.items()
-            if nbytes > free_bytes(folder)
+            if nbytes > (free := free_bytes(folder))
         ]
 
     @property
