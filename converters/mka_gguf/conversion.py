@@ -183,7 +183,7 @@ def _imatrix(checkpoint: Checkpoint, activations: Activations) -> dict[str, NDAr
     imatrix: dict[str, NDArray[np.float32]] = {}
     for name, mean_square in activations.mean_square.items():
         source = checkpoint.head if name == tied_head else name
-        columns = checkpoint.shape(source)[-1] if source in names else None
+        columns = checkpoint.shapes[source][-1] if source in names else None
         if columns != mean_square.numel():
             raise ConversionError(
                 f"the activations have {mean_square.numel()} columns for {name}, the checkpoint {columns or 'no such matrix'}",

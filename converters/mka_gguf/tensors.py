@@ -119,7 +119,7 @@ def plan_tensors(checkpoint: Checkpoint, matrix: GGMLQuantizationType, heads: in
     return [
         Entry(
             name=new,
-            shape=(shape := checkpoint.shape(name)),
+            shape=(shape := checkpoint.shapes[name]),
             kind=matrix if len(shape) > 1 else GGMLQuantizationType.F32,
             source=name,
             read=_reader(checkpoint, name, heads, kv_heads),

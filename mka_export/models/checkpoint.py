@@ -58,12 +58,14 @@ class Checkpoint:
         config: the contents of ``config.json``.
         architecture: the model's family.
         shards: tensor name -> shard file name.
+        shapes: tensor name -> shape.
     """
 
     path: Path
     config: Mapping[str, Any]
     architecture: Architecture
     shards: Mapping[str, str]
+    shapes: Mapping[str, tuple[int, ...]]
 
     @classmethod
     def open(cls, path: Path) -> Checkpoint:
@@ -74,7 +76,7 @@ class Checkpoint:
             UnsupportedError: the model needs custom code, is quantized, or is of an unknown family.
         """
         config, architecture = read_config(path)
-        checkpoint = cls(path, config, architecture, _shards(path))
+        checkpoint = cls(path, config, architecture, *_shards(path))
         checkpoint._check_layers()
         return checkpoint
 
@@ -86,12 +88,12 @@ class Checkpoint:
     @property
     def hidden_size(self) -> int:
         """The width of the residual stream."""
-        return self.shape(self.architecture.tensors["embedding"])[1]
+        return self.shapes[self.architecture.tensors["embedding"]][1]
 
     @property
     def vocab_size(self) -> int:
         """The number of embedding rows (padding rows included)."""
-        return self.shape(self.architecture.tensors["embedding"])[0]
+        return self.shapes[self.architecture.tensors["embedding"]][0]
 
     @property
     def dtype(self) -> torch.dtype:
@@ -123,11 +125,6 @@ class Checkpoint:
             piece = f.get_slice(name)
             return torch.cat([piece[i : i + 1] for i in indices.tolist()])
 
-    def shape(self, name: str) -> tuple[int, ...]:
-        """Return a tensor's shape without reading it."""
-        with _opened(self.path / self.shards[name]) as f:
-            return tuple(f.get_slice(name).get_shape())
-
     def layer(self, index: int, *names: str) -> dict[str, Tensor]:
         """Read tensors of layer ``index``, those called ``names`` or all: name inside the layer -> tensor."""
         found = {self.architecture.split(name)[1]: name for name in self.layer_names(index)}
@@ -149,7 +146,7 @@ class Checkpoint:
     @cached_property
     def parameters(self) -> int:
         """The number of weights; a head tied to the embedding counts once."""
-        return sum(math.prod(self.shape(name)) for name in self.shards)
+        return sum(map(math.prod, self.shapes.values()))
 
     @property
     def nbytes(self) -> int:
@@ -184,7 +181,7 @@ class Checkpoint:
                     f"{self.path} {problem} tensors for family {a.name}: {', '.join(names[:4])}{more}"
                 )
         embedding = a.tensors["embedding"]
-        if len(shape := self.shape(embedding)) != 2:
+        if len(shape := self.shapes[embedding]) != 2:
             raise CheckpointError(f"tensor {embedding} in {self.path} is {list(shape)}, no matrix", "Fetch it again.")
 
 
@@ -310,7 +307,8 @@ def read_json(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"cannot read {path}: {error}", "Fetch the file again.") from error
 
 
-def _shards(path: Path) -> dict[str, str]:
+def _shards(path: Path) -> tuple[dict[str, str], dict[str, tuple[int, ...]]]:
+    """Return the file and the shape of every tensor."""
     if (path / INDEX).exists():
         weight_map = read_json(path / INDEX).get("weight_map")
         if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
@@ -323,15 +321,16 @@ def _shards(path: Path) -> dict[str, str]:
         # Looked up in a listing, as the system takes not every text for a path.
         if absent := sorted(files - {file.name for file in path.iterdir() if file.is_file()}):
             raise CheckpointError(f"{path} lacks {', '.join(absent)}", "Fetch the missing shards.")
-        inside = {(name, f) for f in files for name in _tensor_names(path / f)}
-        if absent := sorted(name for name, f in weight_map.items() if (name, f) not in inside):
+        inside = {f: _shapes(path / f) for f in files}
+        if absent := sorted(name for name, f in weight_map.items() if name not in inside[f]):
             raise CheckpointError(
                 f"{path / INDEX} lists tensors that their shards do not hold: {', '.join(absent[:4])}",
                 "Fetch the model again.",
             )
-        return dict(weight_map)
+        return weight_map, {name: inside[f][name] for name, f in weight_map.items()}
     if (path / WEIGHTS).is_file():
-        return dict.fromkeys(_tensor_names(path / WEIGHTS), WEIGHTS)
+        shapes = _shapes(path / WEIGHTS)
+        return dict.fromkeys(shapes, WEIGHTS), shapes
     if any(path.glob("*.bin")) or any(path.glob("*.pt")) or any(path.glob("*.pth")):
         raise CheckpointError(
             f"{path} holds only pickled weights (.bin, .pt), which can run code when they are read",
@@ -344,9 +343,10 @@ def _is_plain_name(name: str) -> bool:
     return PurePosixPath(name).name == name == PureWindowsPath(name).name and name not in ("", ".", "..")
 
 
-def _tensor_names(file: Path) -> list[str]:
+def _shapes(file: Path) -> dict[str, tuple[int, ...]]:
+    shapes = {}
     with _opened(file) as f:
-        names = list(f.keys())
+        names = f.keys()  # a file, no mapping: it does not iterate
         for name in names:
             piece = f.get_slice(name)
             if (kind := piece.get_dtype()) not in STORED:
@@ -355,7 +355,8 @@ def _tensor_names(file: Path) -> list[str]:
                 )
             if not (shape := piece.get_shape()) or 0 in shape:
                 raise CheckpointError(f"tensor {name} in {file} is {shape}, not numbers in rows", "Fetch it again.")
-        return names
+            shapes[name] = tuple(shape)
+    return shapes
 
 
 @contextmanager

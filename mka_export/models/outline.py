@@ -65,7 +65,7 @@ class Outline:
         """Return the model in a checkpoint."""
         head = checkpoint.architecture.tensors["head"]
         names = [name for name in checkpoint.shards if name != head or checkpoint.head == head]
-        shapes = {name: checkpoint.shape(name) for name in names}
+        shapes = {name: checkpoint.shapes[name] for name in names}
         return cls(checkpoint.architecture, checkpoint.config, shapes, checkpoint.dtype.itemsize)
 
     @property

@@ -53,7 +53,7 @@ class LayerRunner:
         self.checkpoint = checkpoint
         self.device = pick_device(device)
         self._model = _empty_model(checkpoint)
-        weights = sum(math.prod(checkpoint.shape(name)) for name in checkpoint.layer_names(0))
+        weights = sum(math.prod(checkpoint.shapes[name]) for name in checkpoint.layer_names(0))
         return_freed_blocks(1 << 20 if weights >= LARGE_LAYER else 16 << 20)
         architecture = checkpoint.architecture
         self._layers = self._model.get_submodule(architecture.layers)
@@ -242,7 +242,7 @@ def _empty_model(checkpoint: Checkpoint) -> nn.Module:
 
 def _check_shapes(checkpoint: Checkpoint, model: nn.Module) -> None:
     for name, expected in model.state_dict().items():
-        if name in checkpoint.shards and (shape := checkpoint.shape(name)) != tuple(expected.shape):
+        if name in checkpoint.shards and (shape := checkpoint.shapes[name]) != tuple(expected.shape):
             raise CheckpointError(
                 f"tensor {name} in {checkpoint.path} is {list(shape)}, by {CONFIG} it should be {list(expected.shape)}",
                 "Use the config that belongs to the weights.",

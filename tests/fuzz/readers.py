@@ -98,7 +98,7 @@ def _read_weights(data: bytes) -> None:
     assert checkpoint.parameters > 0
     assert checkpoint.vocab_size > 0
     for name in checkpoint.shards:
-        assert checkpoint.tensor(name).shape == checkpoint.shape(name)
+        assert checkpoint.tensor(name).shape == checkpoint.shapes[name]
 
 
 def _read_index(data: bytes) -> None:

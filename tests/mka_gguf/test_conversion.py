@@ -42,7 +42,7 @@ def activations_of(folder: Path, seed: int = 0) -> Activations:
     checkpoint = Checkpoint.open(folder)
     generator = torch.Generator().manual_seed(seed)
     names = [n for n in checkpoint.shards if n.endswith("proj.weight")]
-    squares = {n: torch.rand(checkpoint.shape(n)[1], generator=generator) ** 4 for n in names}
+    squares = {n: torch.rand(checkpoint.shapes[n][1], generator=generator) ** 4 for n in names}
     return Activations(squares, tokens=100, calibration="0" * 64)
 
 
