@@ -25,17 +25,18 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from mka_export.models.checkpoint import CheckpointWriter
-from mka_export.models.text import load_text
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+from pico import pico_tokenizer
 
 INTERVAL = 0.25  # seconds
-VOCABULARY = 1024  # of the tokenizer; the other rows of the embedding are padding
 FINISHED = (0, 3, 4)  # exit codes: a verdict was reached, whatever it is
 
 
 def make_model(folder: Path, config: LlamaConfig) -> None:
     """Write a checkpoint with random weights in bfloat16, scaled so that the residual stream stays moderate."""
     folder.mkdir(parents=True)
-    make_tokenizer(folder)
+    pico_tokenizer(folder)  # all other rows of the embedding are padding
     with torch.device("meta"):
         shapes = {name: tensor.shape for name, tensor in LlamaForCausalLM(config).state_dict().items()}
     torch.manual_seed(0)
@@ -49,25 +50,6 @@ def make_model(folder: Path, config: LlamaConfig) -> None:
                 tensor.normal_(0, 1.0 if "embed" in name else (0.2 if out else 1.0) / shape[1] ** 0.5)
             writer.add(name, tensor.bfloat16())
     config.save_pretrained(folder)
-
-
-def make_tokenizer(folder: Path) -> None:
-    """Train a small byte-level BPE on our own text."""
-    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast
-
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=VOCABULARY,
-        special_tokens=[AddedToken(t, special=True) for t in ("<|begin|>", "<|end|>")],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator([load_text("calibration", None).text], trainer)
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<|begin|>", eos_token="<|end|>")
-    fast.save_pretrained(folder)
 
 
 def anonymous_bytes(pid: int) -> int:
@@ -178,8 +160,8 @@ def main(
             num_key_value_heads=kv_heads,
             max_position_embeddings=8192,
             rope_parameters={"rope_type": "default", "rope_theta": 500000.0},
-            bos_token_id=0,
-            eos_token_id=1,
+            bos_token_id=1,
+            eos_token_id=2,
             tie_word_embeddings=False,
             dtype="bfloat16",
         )

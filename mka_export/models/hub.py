@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from huggingface_hub.errors import (  # type: ignore[attr-defined]
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
+from huggingface_hub.utils import filter_repo_objects  # type: ignore[attr-defined]
 
 from mka_export.errors import MkaError, SourceError
 from mka_export.models.checkpoint import CONFIG, INDEX, LICENCE_FILES, TOKENIZER_FILES, Checkpoint, read_config
@@ -50,12 +50,9 @@ def fetch_hub(model: str, revision: str | None, progress: Progress) -> tuple[Pat
     progress.say(f"fetching {model} at {info.sha} from the hub, unless the hub client's cache holds it")
     try:
         # The config first: a model we cannot read is refused before its weights travel.
-        read_config(Path(snapshot_download(model, revision=revision, allow_patterns=[CONFIG])))
-        absent = [
-            file
-            for file in info.siblings or ()
-            if _is_wanted(file.rfilename) and not _has_file(model, info.sha, file.rfilename)
-        ]
+        _config(model, revision)
+        wanted = filter_repo_objects(info.siblings or (), allow_patterns=PATTERNS, key=lambda file: file.rfilename)
+        absent = [file for file in wanted if not _is_file_cached(model, info.sha, file.rfilename)]
         require_room(Path(HF_HUB_CACHE), sum(file.size or 0 for file in absent), f"fetching {model}", CACHE_REMEDY)
         return _pinned(snapshot_download(model, revision=revision, allow_patterns=PATTERNS))
     except (HTTPError, OSError) as error:
@@ -69,7 +66,7 @@ def fetch_hub_config(model: str, revision: str | None) -> dict[str, Any]:
         SourceError, UnsupportedError: as ``fetch_hub``.
     """
     try:
-        return read_config(Path(snapshot_download(model, revision=revision, allow_patterns=[CONFIG])))[0]
+        return _config(model, revision)
     except (HTTPError, HFValidationError, OSError) as error:
         raise _explained(model, revision, error) from error
 
@@ -83,12 +80,12 @@ def is_cached(model: str, revision: str | None) -> bool:
     return True
 
 
-def _is_wanted(name: str) -> bool:
-    return any(fnmatch(name, pattern) for pattern in PATTERNS)
+def _is_file_cached(model: str, commit: str | None, name: str) -> bool:
+    return isinstance(try_to_load_from_cache(model, name, revision=commit), str)  # else None, or known not to exist
 
 
-def _has_file(model: str, commit: str | None, name: str) -> bool:
-    return isinstance(try_to_load_from_cache(model, name, revision=commit), str)
+def _config(model: str, revision: str | None) -> dict[str, Any]:
+    return read_config(Path(snapshot_download(model, revision=revision, allow_patterns=[CONFIG])))[0]
 
 
 def _pinned(snapshot: str) -> tuple[Path, str]:

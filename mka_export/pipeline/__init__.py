@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -44,10 +45,7 @@ def run(
     """Merge a model, make every target from it, and measure each against the original; returns the exit code."""
     check_merge(merge)
     export = Export(model, merge, load_targets(convert, limits), texts, device, output, "mka")
-    if preview.dry_run:
-        return look_ahead(export)
-    with export:
-        return export.export(export.merge())
+    return _carry_out(export, preview, lambda: export.export(export.merge()))
 
 
 def merge_only(
@@ -61,13 +59,14 @@ def merge_only(
     """Merge a model and stop there; prints the folder of the merged checkpoint; returns the exit code."""
     check_merge(merge)
     export = Export(model, merge, [], texts, device, output, "mka")
-    if preview.dry_run:
-        return look_ahead(export)
-    with export:
+
+    def work() -> int:
         merged = export.merge()
         export.write_manifest()
         print(merged.path)
         return 0
+
+    return _carry_out(export, preview, work)
 
 
 def convert_only(
@@ -81,14 +80,14 @@ def convert_only(
 ) -> int:
     """Make every target from a model as it is, and measure each against it; returns the exit code."""
     export = Export(model, None, load_targets(convert, limits), texts, device, output, "export")
-    if preview.dry_run:
-        return look_ahead(export)
-    with export:
-        return export.export(export.original)
+    return _carry_out(export, preview, lambda: export.export(export.original))
 
 
-def look_ahead(export: Export) -> int:
-    """Print what a job will take of this machine; returns 0 where it has that, else 1."""
+def _carry_out(export: Export, preview: PreviewOptions, work: Callable[[], int]) -> int:
+    """Do the work; or, to only look ahead, print what it will take of this machine: 0 where it has that, else 1."""
+    if not preview.dry_run:
+        with export:
+            return work()
     forecast = export.forecast()
     if export.output.json:
         print(json.dumps(forecast, indent=2, ensure_ascii=False))

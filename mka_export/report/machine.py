@@ -11,6 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from mka_export.needs import size
+from mka_export.report.terminal import model_line
 
 
 def print_forecast(forecast: Mapping[str, Any], console: Console) -> None:
@@ -31,10 +32,7 @@ def print_forecast(forecast: Mapping[str, Any], console: Console) -> None:
 
 def _about_the_job(forecast: Mapping[str, Any]) -> Iterator[str]:
     model, source = forecast["model"], forecast["source"]
-    yield (
-        f"Model     {source['name']} ({source['kind']} {source['id']}): {model['layers']} layers, "
-        f"{model['parameters'] / 1e6:,.0f} M parameters, {size(model['nbytes'])}"
-    )
+    yield model_line({**model, "name": source["name"], "source": source})
     if forecast["layers"] < model["layers"]:
         yield f"Merge     {model['layers']} → {forecast['layers']} layers by {forecast['method']}"
 

@@ -51,12 +51,7 @@ def _print_verdict(target: Mapping[str, Any], console: Console) -> None:
 
 def _about_the_model(report: Mapping[str, Any]) -> Iterator[str]:
     model, merge, evaluation = report["model"], report["merge"], report["evaluation"]
-    source = model["source"]
-    pinned = f" at {source['revision'][:12]}" if source.get("revision") else ""
-    yield (
-        f"Model     {model['name']} ({source['kind']} {source['id']}{pinned}): "
-        f"{model['layers']} layers, {model['parameters'] / 1e6:,.0f} M parameters, {size(model['nbytes'])}"
-    )
+    yield model_line(model)
     if merge:
         calibration = merge["calibration"]
         yield (
@@ -68,6 +63,16 @@ def _about_the_model(report: Mapping[str, Any]) -> Iterator[str]:
     yield (
         f"Measured  on {evaluation['windows']} windows of {evaluation['window_tokens']} tokens of "
         f"{_text(evaluation['text'])} ({evaluation['tokens']:,} predictions)"
+    )
+
+
+def model_line(model: Mapping[str, Any]) -> str:
+    """Say what a model is, and where it is from."""
+    source = model["source"]
+    pinned = f" at {source['revision'][:12]}" if source.get("revision") else ""
+    return (
+        f"Model     {model['name']} ({source['kind']} {source['id']}{pinned}): "
+        f"{model['layers']} layers, {model['parameters'] / 1e6:,.0f} M parameters, {size(model['nbytes'])}"
     )
 
 
