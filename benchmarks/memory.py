@@ -17,6 +17,7 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import closing, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -25,6 +26,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from mka_export.models.checkpoint import CheckpointWriter
+from mka_export.parity.runtimes import open_runtime
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from pico import pico_tokenizer
@@ -89,7 +91,7 @@ class Watched:
 
 
 def watch(command: list[str]) -> Watched:
-    """Run a command to its end, reading its memory all the time."""
+    """Run a command to its end, reading its memory all the time, and print it by stage."""
     watched, stage, start = Watched(), "start", time.monotonic()
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     said: list[str] = []
@@ -107,13 +109,18 @@ def watch(command: list[str]) -> Watched:
     listener.start()
     last = start
     while process.poll() is None:
-        time.sleep(INTERVAL)
+        with suppress(KeyboardInterrupt):  # the command has it too, and ends
+            time.sleep(INTERVAL)
         now = time.monotonic()
         watched.add(stage, now - last, anonymous_bytes(process.pid))
         last = now
     listener.join()
     watched.seconds = time.monotonic() - start
-    if process.returncode not in FINISHED:
+    print(f"{'stage':44}  {'seconds':>8}  peak RssAnon, GB")
+    for name, (seconds, peak) in watched.peaks.items():
+        print(f"{name:44}  {seconds:8.0f}  {peak / 1e9:16.2f}")
+    print(f"{'in all':44}  {watched.seconds:8.0f}  {watched.peak / 1e9:16.2f}\n", flush=True)
+    if process.returncode not in FINISHED:  # what it finished is kept: the same command goes on there
         sys.exit(f"{shlex.join(command)}\n{''.join(said[-5:])}ended with exit code {process.returncode}")
     return watched
 
@@ -177,16 +184,14 @@ def main(
         print(f"--ratio {ratio} --to {to} --method {method} --calibration-tokens {budget}\n", flush=True)
         watched = watch(command)
         peaks.append((count, budget, watched.peak))
-        print(f"{'stage':44}  {'seconds':>8}  peak RssAnon, GB")
-        for stage, (seconds, peak) in watched.peaks.items():
-            print(f"{stage:44}  {seconds:8.0f}  {peak / 1e9:16.2f}")
-        print(f"{'in all':44}  {watched.seconds:8.0f}  {watched.peak / 1e9:16.2f}\n")
         (target,) = json.loads((out / "report.json").read_text())["targets"]
         if target["artifact"] is None or target["comparisons"] is None:
             sys.exit(f"no artifact that runs: {target['error']}")
         kept = json.loads((out / "merged" / "config.json").read_text())["num_hidden_layers"]
+        with closing(open_runtime("llama.cpp", Path(target["artifact"]["path"]), gpu_layers=0)) as runtime:
+            (ids,) = runtime.generate([[1, *range(100, 108)]], 8)
         made = f"{target['artifact']['nbytes'] / 1e9:.2f} GB, {kept} layers"
-        print(f"{made}; llama.cpp continues {target['samples'][0]['artifact']!r}\n", flush=True)
+        print(f"{made}; llama.cpp continues with the tokens {ids}\n", flush=True)
     first = peaks[0][2]
     print("layers  calibration tokens  peak RssAnon, GB  to the first")
     for count, budget, peak in peaks:
