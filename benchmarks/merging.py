@@ -14,7 +14,9 @@ import click
 import numpy as np
 
 from mka_export.inputs import CALIBRATION_WINDOW, read_texts, windows_of
-from mka_export.merge.stage import Settings, layers_to_remove, merge_stage
+from mka_export.merge.choose import Settings
+from mka_export.merge.methods import METHODS
+from mka_export.merge.stage import layers_to_remove, merge_stage
 from mka_export.models.checkpoint import Checkpoint
 from mka_export.models.runner import LayerRunner
 from mka_export.models.sources import cache_folder, fetch, resolve
@@ -36,29 +38,31 @@ def losses(path: Path, ids: np.ndarray) -> np.ndarray:
 @click.option("--ratios", default="0.1,0.2")
 @click.option("--methods", default="mka,mka-paper")
 @click.option("--schedule", default="iterative")
-@click.option("--protect", default=4)
+@click.option("--measure", default="npib")
+@click.option("--protect", type=int)
 @options(texts=TextOptions)
-def main(model: str, ratios: str, methods: str, schedule: str, protect: int, texts: TextOptions) -> None:
+def main(
+    model: str, ratios: str, methods: str, schedule: str, measure: str, protect: int | None, texts: TextOptions
+) -> None:
     """Print a table: method, layers, perplexity, ratio to the original with its 95 % interval."""
     quiet, both = Progress(quiet=True), read_texts(texts)
     original = Checkpoint.open(fetch(resolve(model), cache_folder(), quiet).path)
     tokenizer = load_tokenizer(original.path)
     evaluation = windows_of(both.evaluation, tokenizer, texts.windows, texts.window_tokens)
     calibration = windows_of(both.calibration, tokenizer, None, CALIBRATION_WINDOW, texts.calibration_tokens)
-    print(
-        f"{model}: calibrated on {calibration.ids.size} tokens of {calibration.source}, {schedule}, protect {protect};"
-    )
+    print(f"{model}: calibrated on {calibration.ids.size} tokens of {calibration.source}, {schedule}, {measure};")
     print(f"measured on {texts.windows} windows of {texts.window_tokens} tokens of {evaluation.source}\n")
     dense = losses(original.path, evaluation.ids)
     value, error = perplexity(dense)
     print("method     removed  layers  perplexity        ratio (95 %)           seconds")
     print(f"{'original':10} {0:7}  {original.num_layers:6}  {value:9.2f} ± {error:4.1f}", flush=True)
     for ratio in map(float, ratios.split(",")):
-        remove = layers_to_remove(ratio, original.num_layers, protect)
-        for method in methods.split(","):
+        for method in METHODS if methods == "all" else methods.split(","):
+            protected = METHODS[method].protect if protect is None else protect
+            remove = layers_to_remove(ratio, original.num_layers, protected)
             with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryDirectory() as pieces:
                 start = time.monotonic()
-                settings = Settings(remove, method, schedule, protect, None)
+                settings = Settings(remove, method, measure, schedule, protected, None)
                 folders = Path(folder), Path(pieces)
                 merge_stage(LayerRunner(original), calibration.ids, calibration.describe(), settings, *folders, quiet)
                 seconds = time.monotonic() - start

@@ -112,6 +112,17 @@ def convert(model: str, **groups: Any) -> None:
     sys.exit(pipeline.convert_only(model, **groups))
 
 
+@main.command()
+@click.argument("model")
+@click.option("--measure", "measures", multiple=True, help="One measure; can be repeated. Default: all of them.")
+@options(texts=TextOptions, device=DeviceOptions, output=OutputOptions)
+def similarity(model: str, **groups: Any) -> None:
+    """Draw how alike all layers of MODEL are, by every measure, and write the matrices; prints their folder."""
+    from mka_export import pipeline
+
+    sys.exit(pipeline.similarity(model, **groups))
+
+
 @main.command(epilog=EPILOG)
 @click.argument("artifact", type=click.Path(path_type=Path))
 @click.option("--against", required=True, help="The model to compare with: as MODEL elsewhere.")

@@ -11,6 +11,8 @@ from typing import Any
 
 import click
 
+ITERATIVE, ONE_SHOT = "iterative", "one-shot"
+
 Command = Callable[..., Any]
 FILE = click.Path(path_type=Path, dir_okay=False)
 
@@ -55,18 +57,26 @@ class MergeOptions:
     )
     method: str = option(
         "mka",
-        "mka: both layers' neurons compete, down_proj is refitted. mka-paper: the weighted average of the paper.",
+        "How layers are chosen and become one: mka, mka-paper, or one to compare with: tail, shortgpt, pruneme, sleb, "
+        "laco, replaceme.",
         type=str,
     )
+    measure: str = option(
+        "npib", "Which layers are alike: npib, cosine, angular, euclidean, cka or block-influence.", type=str
+    )
     schedule: str = option(
-        "iterative",
+        ITERATIVE,
         "iterative: measure again after each merge. one-shot: choose all pairs from one similarity matrix.",
-        type=click.Choice(["iterative", "one-shot"]),
+        type=click.Choice([ITERATIVE, ONE_SHOT]),
     )
     alpha: float | None = option(
         None, "Weight of the lower layer in an average. Default: the similarity.", type=FiniteRange(0.0, 1.0)
     )
-    protect: int = option(4, "Early layers that take no part.", type=click.IntRange(min=0))
+    protect: int | None = option(
+        None,
+        "Early layers that take no part. Default: 4 with mka and mka-paper, else 0.",
+        type=click.IntRange(min=0),
+    )
     plan: Path | None = option(None, "Replay this merge plan instead of choosing.", type=FILE)
 
 

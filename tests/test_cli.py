@@ -171,6 +171,26 @@ def test_plan_replays_to_the_same_checkpoint(done, model, tmp_path):
     assert (tmp_path / "again" / "merged" / name).read_bytes() == (done[0] / "merged" / name).read_bytes()
 
 
+def test_similarity_draws_what_a_merge_sees(done, model, tmp_path):
+    out, _ = done
+    result = type_in("similarity", model, "--out", tmp_path / "s", *SMALL)
+    assert result.exit_code == 0, result.output
+    folder = Path(result.stdout.strip())
+    found = json.loads((folder / "similarity.json").read_text())["measures"]
+    assert list(found) == ["npib", "cosine", "block-influence", "angular", "euclidean", "cka"]
+    assert found["npib"] == json.loads((out / "merged" / "similarity.json").read_text())["before"]
+    for matrix in map(np.array, found.values()):
+        assert matrix.shape == (6, 6)
+        np.testing.assert_allclose(np.diag(matrix), 1.0)
+    assert (folder / "similarity.png").read_bytes().startswith(b"\x89PNG")
+    assert (folder / "similarity.svg").read_text().count("<image") >= 6
+    before = files_of(folder)
+    shutil.rmtree(folder)
+    assert type_in("similarity", model, "--out", tmp_path / "s", *SMALL, "--json").exit_code == 0
+    again = {name: data for name, data in files_of(folder).items() if name != "stage.json"}  # it holds a time
+    assert again == {name: data for name, data in before.items() if name != "stage.json"}
+
+
 def test_limits_decide_the_exit_code(done, model):
     result = type_in(model, *MERGE, "--to", "gguf-f16", "--out", done[0], *SMALL, "--max-mean-kl", "1e-6", "--json")
     assert result.exit_code == 3

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 
-from mka_export.merge.fuse import FLOAT, MEMORY, SELECTION_TOKENS
+from mka_export.merge.compete import SELECTION_TOKENS
+from mka_export.merge.fuse import FLOAT
+from mka_export.merge.methods import METHODS
 from mka_export.merge.stage import PROBE_WINDOWS
 from mka_export.models.checkpoint import SHARD_BYTES
 from mka_export.models.outline import Outline
@@ -32,5 +34,5 @@ def merge_need(model: Outline, remove: int, method: str, tokens: int, window: in
     return Need(
         kept=model.with_layers(model.num_layers - remove).nbytes,
         scratch=states + fit + remove * layer,
-        memory=max(layer_pass_bytes(model), MEMORY[method](model, tokens), 2 * max(SHARD_BYTES, largest)),
+        memory=max(layer_pass_bytes(model), METHODS[method].memory(model, tokens), 2 * max(SHARD_BYTES, largest)),
     )

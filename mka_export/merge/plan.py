@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from mka_export.data import load_json, value_of
 from mka_export.errors import UsageError, unknown_name
-from mka_export.merge.fuse import METHODS
+from mka_export.merge.measures import MEASURES
+from mka_export.merge.methods import METHODS
 from mka_export.models.architecture import MAX_LAYERS
 
 FORMAT = "mka-export/merge-plan"
@@ -18,20 +19,34 @@ VERSION = 1
 
 @dataclass(frozen=True)
 class Step:
-    """One merge of two neighbouring layers.
+    """One merge of a layer and its neighbours above.
 
     Attributes:
-        lower, upper: the spans [first, last] of original layers that the two stood for.
-        similarity: their measure when they were chosen.
+        lower: the span [first, last] of original layers that the layer stood for.
+        upper: that of the neighbours: one, or several, whose spans follow each other.
+        similarity: what spoke for them when they were chosen, by the method's own measure; None for none.
         alpha: the weight of the lower layer in an average.
         figures: what the method reports.
     """
 
     lower: list[int]
     upper: list[int]
-    similarity: float
+    similarity: float | None
     alpha: float
     figures: Mapping[str, float] = field(default_factory=dict)
+
+    def places(self, spans: Sequence[list[int]]) -> tuple[int, int]:
+        """Return the positions of the lower and of the highest upper layer among all, given by their spans.
+
+        Raises:
+            ValueError: they are not there, or no neighbours.
+        """
+        ends = [span[1] for span in spans]
+        if self.lower in spans and self.upper[1] in ends:
+            position, last = spans.index(self.lower), ends.index(self.upper[1])
+            if position < last and spans[position + 1][0] == self.upper[0]:
+                return position, last
+        raise ValueError(f"{self.lower} and {self.upper} are not neighbours then")
 
 
 @dataclass(frozen=True)
@@ -40,7 +55,8 @@ class Plan:
 
     Attributes:
         model: architecture, layers, fingerprint of the checkpoint it was made for.
-        method: how two layers are fused.
+        method: how layers are chosen and become one.
+        measure: of the similarity of layers.
         schedule: ``iterative`` or ``one-shot``.
         protect: how many early layers take no part.
         calibration: source, sha256 and size of the calibration tokens.
@@ -49,11 +65,16 @@ class Plan:
 
     model: Mapping[str, Any]
     method: str
+    measure: str
     schedule: str
     protect: int
     calibration: Mapping[str, Any]
     steps: list[Step]
-    measure: str = "npib"
+
+    @property
+    def remove(self) -> int:
+        """How many layers go."""
+        return int(self.model["layers"]) - len(self.layers())
 
     def to_dict(self) -> dict[str, Any]:
         """Return the plan as it stands in the file."""
@@ -63,14 +84,15 @@ class Plan:
         """Return the span of original layers each remaining layer stands for, bottom up.
 
         Raises:
-            ValueError: a step merges two layers that are not neighbours when its turn comes.
+            ValueError: a step merges layers that are not neighbours when its turn comes.
         """
         spans = [[i, i] for i in range(self.model["layers"])]
         for number, step in enumerate(self.steps, 1):
-            at = spans.index(step.lower) if step.lower in spans else len(spans)
-            if spans[at : at + 2] != [step.lower, step.upper]:
-                raise ValueError(f"step {number} merges {step.lower} and {step.upper}, which are not neighbours then")
-            spans[at : at + 2] = [[step.lower[0], step.upper[1]]]
+            try:
+                position, last = step.places(spans)
+            except ValueError as error:
+                raise ValueError(f"step {number} merges {error}") from error
+            spans[position : last + 1] = [[spans[position][0], spans[last][1]]]
         return spans
 
 
@@ -99,10 +121,13 @@ def _plan(data: Mapping[str, Any]) -> Plan:
         raise ValueError(unknown_name("method", method, METHODS))
     if (protect := value_of(data, "protect", int)) < 0:
         raise ValueError(f"protect = {protect} is negative")
+    if (measure := value_of(data, "measure", str)) not in MEASURES:
+        raise ValueError(unknown_name("measure", measure, MEASURES))
     steps = [_step(step) for step in value_of(data, "steps", list)]
     if not steps:
         raise ValueError("it merges nothing")
-    plan = Plan(model, method, value_of(data, "schedule", str), protect, value_of(data, "calibration", dict), steps)
+    calibration, schedule = value_of(data, "calibration", dict), value_of(data, "schedule", str)
+    plan = Plan(model, method, measure, schedule, protect, calibration, steps)
     plan.layers()
     return plan
 
@@ -111,10 +136,11 @@ def _step(data: object) -> Step:
     if not isinstance(data, dict):
         raise ValueError(f"the step {data!r} is no table")
     lower, upper = (value_of(data, key, list) for key in ("lower", "upper"))
-    if {type(layer) for layer in (*lower, *upper)} != {int}:
+    if [type(layer) for layer in (*lower, *upper)] != [int] * 4 or len(lower) != 2:
         raise ValueError(f"a step merges {lower} and {upper}, which are no layers")
     if not 0.0 <= (alpha := value_of(data, "alpha", float)) <= 1.0:
         raise ValueError(f"alpha = {alpha} is not between 0 and 1")
     figures = value_of(data, "figures", dict) if "figures" in data else {}
     figures = {name: value_of(figures, name, float) for name in figures}
-    return Step(lower, upper, value_of(data, "similarity", float), alpha, figures)
+    similarity = None if data.get("similarity", 0) is None else value_of(data, "similarity", float)
+    return Step(lower, upper, similarity, alpha, figures)

@@ -32,23 +32,25 @@ class Fit:
     unexplained: float
 
 
-def ridge(blocks: Blocks, rows: int, prior: Tensor) -> Fit:
-    """Return the W that minimises ‖A Wᵀ − Y‖² + Σ_j λ_j ‖w_j − prior_j‖² with λ_j = RIDGE (AᵀA)_jj.
+def ridge(blocks: Blocks, rows: int, prior: Tensor, strength: float = RIDGE) -> Fit:
+    """Return the W that minimises ‖A Wᵀ − Y‖² + Σ_j λ_j ‖w_j − prior_j‖² with λ_j = strength × (AᵀA)_jj.
 
     So what is held back is the change of each feature's contribution, whatever the feature's own scale.
     The problem is solved in as many unknowns as there are rows or features, whichever is fewer: memory for two
     matrices of that size, and for all of A where the rows are fewer, in float32. (Features scaled to the same
-    length have a Gram matrix whose eigenvalues, with RIDGE added, lie so close together that float32 will do.)
+    length have a Gram matrix whose eigenvalues, with the strength added, lie so close together that float32 will do.)
 
     Args:
         blocks: the rows of A and Y.
         rows: how many there are.
         prior: the known weights, (outputs, features).
+        strength: of the pull towards them.
 
     Raises:
         MkaError: the rows hold NaN or infinity.
     """
-    return _in_rows(blocks, rows, prior) if rows < prior.shape[1] else _in_features(blocks, rows, prior)
+    solve = _in_rows if rows < prior.shape[1] else _in_features
+    return solve(blocks, rows, prior, strength)
 
 
 def ridge_values(rows: int, features: int, outputs: int) -> int:
@@ -58,8 +60,8 @@ def ridge_values(rows: int, features: int, outputs: int) -> int:
     return features * (2 * features + 3 * outputs)
 
 
-def _in_features(blocks: Blocks, rows: int, prior: Tensor) -> Fit:
-    """(D⁻¹AᵀAD⁻¹ + RIDGE) D(W − prior)ᵀ = D⁻¹Aᵀ(Y − A priorᵀ), D² the diagonal of AᵀA."""
+def _in_features(blocks: Blocks, rows: int, prior: Tensor, strength: float) -> Fit:
+    """(D⁻¹AᵀAD⁻¹ + strength) D(W − prior)ᵀ = D⁻¹Aᵀ(Y − A priorᵀ), D² the diagonal of AᵀA."""
     outputs, features = prior.shape
     gram = torch.zeros(features, features, device=prior.device)
     cross = torch.zeros(features, outputs, device=prior.device)
@@ -74,17 +76,17 @@ def _in_features(blocks: Blocks, rows: int, prior: Tensor) -> Fit:
         before += _energy(residual)
     scale = _scale(gram.diagonal().clone())
     gram.mul_(1 / scale).mul_(1 / scale[:, None])
-    gram.diagonal().add_(RIDGE)
+    gram.diagonal().add_(strength)
     cross.mul_(1 / scale[:, None])
     change = _solve(gram, cross)
     # ‖A Δᵀ − residual‖² by the equations that Δ solves.
-    left = before - float((change * cross).sum(dtype=torch.float64)) - RIDGE * _energy(change)
+    left = before - float((change * cross).sum(dtype=torch.float64)) - strength * _energy(change)
     change /= scale[:, None]
     return Fit(change.add_(prior.T).T, scale / rows**0.5, max(0.0, left / energy))
 
 
-def _in_rows(blocks: Blocks, rows: int, prior: Tensor) -> Fit:
-    """Δᵀ = D⁻²Aᵀ Z / RIDGE with (A D⁻² Aᵀ / RIDGE + 1) Z = Y − A priorᵀ; what is left of the residual is Z."""
+def _in_rows(blocks: Blocks, rows: int, prior: Tensor, strength: float) -> Fit:
+    """Δᵀ = D⁻²Aᵀ Z / strength with (A D⁻² Aᵀ / strength + 1) Z = Y − A priorᵀ; what is left of the residual is Z."""
     outputs, features = prior.shape
     a, residual = prior.new_empty(rows, features), prior.new_empty(rows, outputs)
     squares, first, energy = prior.new_zeros(features), 0, 0.0
@@ -94,7 +96,7 @@ def _in_rows(blocks: Blocks, rows: int, prior: Tensor) -> Fit:
         squares += neurons.square().sum(dim=0)
         first, energy = part.stop, energy + _energy(y)
     scale = _scale(squares)
-    a /= scale * RIDGE**0.5
+    a /= scale * strength**0.5
     kernel = prior.new_zeros(rows, rows)
     for start in range(0, rows, _COLUMNS):
         kernel[start:, start : start + _COLUMNS] = a[start:] @ a[start : start + _COLUMNS].T
@@ -103,7 +105,7 @@ def _in_rows(blocks: Blocks, rows: int, prior: Tensor) -> Fit:
     del kernel, residual
     change = a.T @ left
     del a
-    change /= scale[:, None] * RIDGE**0.5
+    change /= scale[:, None] * strength**0.5
     return Fit(change.add_(prior.T).T, scale / rows**0.5, _energy(left) / energy)
 
 

@@ -1,66 +1,70 @@
-"""How alike two layers are: normalised mutual information between their diffusion maps.
-
-arXiv 2406.16330 defines S_lm = I(Ψ^l; Ψ^m) / √(H(Ψ^l) H(Ψ^m)) and leaves the estimator open. Differential
-entropies do not serve: they can be negative, and I(X; X) is infinite. Here each embedding Ψ is divided into
-cells by k-means, and the formula is applied, as it stands, to the cell numbers; the mean over a few such
-partitions, each from its own seed, takes out most of what k-means leaves to chance. So S_ll = 1, S is
-symmetric, lies in [0, 1], and does not depend on the units or the rotation of the embedding.
-"""
+"""The similarity of the layers under merge, by one measure; only what a merge changed is computed again."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
-from threadpoolctl import threadpool_limits
 
-from mka_export.merge.diffusion import diffusion_map
+from mka_export.merge.measures import MEASURES, Kept
+from mka_export.merge.trajectory import Trajectory
+from mka_export.progress import Task
 
-Cells = NDArray[np.int64]  # (partitions, nodes)
-
-DIMENSIONS = 8
-CELLS = 16
-PARTITIONS = 4
+NODES = 1024
 
 
-def cells(states: NDArray[np.float64]) -> Cells:
-    """Return the cell of each graph node in its layer's diffusion map: (nodes, hidden) -> (partitions, nodes)."""
-    from sklearn.cluster import KMeans  # seconds, which bad input need not wait for
+class Similarities:
+    """S of the layers of a model under merge.
 
-    # One thread: the work is small, and the result does not depend on how many there are.
-    with threadpool_limits(1):
-        embedding = diffusion_map(states, DIMENSIONS)
-        count = min(CELLS, len(states))
-        partitions = [KMeans(count, n_init=1, random_state=seed).fit_predict(embedding) for seed in range(PARTITIONS)]
-    return np.asarray(partitions, dtype=np.int64)
+    Args:
+        probe: the model, on some windows.
+        measure: a name in ``MEASURES``.
+    """
 
+    def __init__(self, probe: Trajectory, measure: str) -> None:
+        self.probe, self._measure, self._name = probe, MEASURES[measure], measure
+        self._known = 0  # what is kept of this many layers is on disk
+        # Token positions, the same in every layer; never the first token of a window, whose massive activations
+        # would decide every distance.
+        windows, tokens = probe.ids.shape
+        count = min(NODES, windows * (tokens - 1))
+        chosen = np.sort(np.random.default_rng(0).choice(windows * (tokens - 1), count, replace=False))
+        self._nodes = torch.from_numpy(np.stack(np.divmod(chosen, tokens - 1))) + torch.tensor([[0], [1]])
 
-def npib(one: Cells, other: Cells) -> float:
-    """Return the mean over partitions of I / √(H H), in [0, 1]; 0 where an entropy is 0."""
-    return float(np.mean([_npib(a, b) for a, b in zip(one, other, strict=True)]))
+    def neighbours(self, task: Task | None = None) -> list[float]:
+        """S of each layer and the next."""
+        self._complete(task)
+        return [self._compare(i, i + 1) for i in range(self._known - 1)]
 
+    def matrix(self, task: Task | None = None) -> NDArray[np.float64]:
+        """S of every two layers: (layers, layers), symmetric, ones on the diagonal."""
+        self._complete(task)
+        matrix = np.eye(self._known)
+        for i in range(self._known):
+            for j in range(i):
+                matrix[i, j] = matrix[j, i] = self._compare(j, i)
+        return matrix
 
-def _npib(one: NDArray[np.int64], other: NDArray[np.int64]) -> float:
-    joint = np.zeros((one.max() + 1, other.max() + 1))
-    np.add.at(joint, (one, other), 1.0 / len(one))
-    h_one, h_other = entropy(joint.sum(axis=1)), entropy(joint.sum(axis=0))
-    if h_one == 0.0 or h_other == 0.0:
-        return 0.0
-    information = h_one + h_other - entropy(joint.ravel())
-    return float(np.clip(information / np.sqrt(h_one * h_other), 0.0, 1.0))
+    def forget(self, position: int) -> None:
+        """Follow a merge: the layers from ``position`` on have changed."""
+        self._known = min(self._known, position)
 
+    def _complete(self, task: Task | None) -> None:
+        for position in range(self._known, len(self.probe.layers)):
+            states = self.probe.nodes_after(position, self._nodes).double().numpy()
+            np.save(self._file(position), self._measure.keep(states))
+            if task is not None:
+                task.advance()
+        self._known = len(self.probe.layers)
 
-def entropy(probabilities: NDArray[np.float64]) -> float:
-    """Return the Shannon entropy in nats; the probabilities sum to 1."""
-    positive = probabilities[probabilities > 0]
-    return float(-(positive * np.log(positive)).sum())
+    def _compare(self, one: int, other: int) -> float:
+        return self._measure.compare(self._kept(one), self._kept(other))
 
+    def _kept(self, position: int) -> Kept:
+        kept: Kept = np.load(self._file(position), mmap_mode="r")  # not in memory, however many layers there are
+        return kept
 
-def similarity_matrix(layers: Sequence[Cells]) -> NDArray[np.float64]:
-    """Return S: (layers, layers), symmetric, ones on the diagonal."""
-    matrix = np.eye(len(layers))
-    for i, one in enumerate(layers):
-        for j in range(i):
-            matrix[i, j] = matrix[j, i] = npib(one, layers[j])
-    return matrix
+    def _file(self, position: int) -> Path:
+        return self.probe.folder / f"{self._name}-{position}.npy"

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +12,11 @@ import torch
 from numpy.typing import NDArray
 
 from mka_export.errors import UsageError
-from mka_export.merge.fuse import METHODS
-from mka_export.merge.heatmap import draw_heatmaps
+from mka_export.merge.choose import Choice, Settings, Views
+from mka_export.merge.heatmap import draw_before_and_after, draw_measures
+from mka_export.merge.methods import METHODS
 from mka_export.merge.plan import Plan, Step
-from mka_export.merge.similarity import Cells, cells, npib, similarity_matrix
+from mka_export.merge.similarity import Similarities
 from mka_export.merge.trajectory import Trajectory
 from mka_export.models.checkpoint import (
     CONFIG,
@@ -26,33 +27,13 @@ from mka_export.models.checkpoint import (
     save_tensors,
 )
 from mka_export.models.runner import LayerRunner, on_finite_windows
-from mka_export.progress import Progress, Task
+from mka_export.progress import Progress
 from mka_export.workspace import publish_file, seal, sealed, write_json
 
 PROBE_WINDOWS = 4
-GRAPH_NODES = 1024
-MASSIVE = 5.0  # times the stream before
 STATES = "states-"
-PLAN, ACTIVATIONS, SIMILARITY, HEATMAP = "plan.json", "activations.safetensors", "similarity.json", "similarity.png"
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What decides a merge.
-
-    Attributes:
-        remove: how many layers go.
-        method: a name in ``METHODS``.
-        schedule: ``iterative`` measures again after each merge, ``one-shot`` picks all pairs at once.
-        protect: this many early layers take no part.
-        alpha: weight of the lower layer in an average; None takes the similarity.
-    """
-
-    remove: int
-    method: str
-    schedule: str
-    protect: int
-    alpha: float | None
+PLAN, ACTIVATIONS, SIMILARITY = "plan.json", "activations.safetensors", "similarity.json"
+HEATMAP, HEATMAP_VECTORS = "similarity.png", "similarity.svg"
 
 
 def layers_to_remove(ratio: float, layers: int, protect: int) -> int:
@@ -123,42 +104,83 @@ def _merge(
     # All windows take part in a fit, and run only to the layers that are fitted; a few of them are
     # enough for the graph of the similarity, and run to the top after every merge.
     trajectory = Trajectory(runner, ids, folder / "all")
-    probe = trajectory
-    if len(ids) > PROBE_WINDOWS:
-        probe = Trajectory(runner, ids, folder / "probe", every=len(ids) // PROBE_WINDOWS)
-    view = _Similarities(probe)
+    probe = _probe(runner, ids, folder) if len(ids) > PROBE_WINDOWS else trajectory
+    view = Similarities(probe, settings.measure)
+    views = Views(trajectory, probe, view)
+    method = METHODS[settings.method]
     with progress.task("similarity of the layers", checkpoint.num_layers) as task:
         before = view.matrix(task)
     steps: list[Step] = []
-    choices = _replay(settings, trajectory) if isinstance(settings, Plan) else _choose(settings, view)
-    total = len(settings.steps) if isinstance(settings, Plan) else settings.remove
-    with progress.task(f"merging {total} times ({settings.method})", total) as task:
-        for position, similarity, alpha in choices:
-            lower, upper = trajectory.layers[position].span, trajectory.layers[position + 1].span
-            piece = _Piece(pieces, len(ids), [*steps, Step(lower, upper, similarity, alpha)])
+    choices = _replay(settings, trajectory) if isinstance(settings, Plan) else method.choose(settings, views)
+    with progress.task(f"removing {settings.remove} layers ({settings.method})", settings.remove) as task:
+        for choice in choices:
+            position, last = choice.position, choice.last
+            lower = trajectory.layers[position].span
+            upper = [trajectory.layers[position + 1].first, trajectory.layers[last].last]
+            step = Step(lower, upper, choice.similarity, choice.alpha)
+            piece = _Piece(pieces, len(ids), [*steps, step])
             figures = piece.figures()
             if figures is None:
-                figures = piece.keep(*METHODS[settings.method](trajectory, position, alpha))
+                figures = piece.keep(*method.fuse(trajectory, position, last, choice.alpha))
             for each in {trajectory, probe}:
-                each.replace(position, piece.weights)
+                each.replace(position, last, piece.weights)
             view.forget(position)
-            steps.append(Step(lower, upper, similarity, alpha, figures))
-            task.advance()
-    model = {
-        "architecture": checkpoint.architecture.name,
-        "layers": checkpoint.num_layers,
-        "fingerprint": checkpoint.fingerprint,
-    }
-    plan = Plan(model, settings.method, settings.schedule, settings.protect, calibration, steps)
+            steps.append(replace(step, figures=figures))
+            task.advance(last - position)
+    plan = Plan(
+        _about(checkpoint), settings.method, settings.measure, settings.schedule, settings.protect, calibration, steps
+    )
     after = view.matrix()
     _write_checkpoint(trajectory, out)
     view.probe.activations(str(calibration["sha256"])).save(out / ACTIVATIONS)
     write_json(out / PLAN, plan.to_dict())
     write_json(
         out / SIMILARITY,
-        {"measure": plan.measure, "before": before.round(6).tolist(), "after": after.round(6).tolist()},
+        {"measure": settings.measure, "before": before.round(6).tolist(), "after": after.round(6).tolist()},
     )
-    draw_heatmaps(before, after, plan.layers(), out / HEATMAP)
+    draw_before_and_after(before, after, settings.measure, plan.layers(), out / HEATMAP)
+
+
+def similarity_stage(
+    runner: LayerRunner,
+    windows: NDArray[np.int64],
+    calibration: Mapping[str, Any],
+    measures: Sequence[str],
+    out: Path,
+    pieces: Path,
+    progress: Progress,
+) -> None:
+    """Measure how alike all layers are, as a merge would, and write matrices and pictures into ``out``.
+
+    Args:
+        measures: names in ``MEASURES``.
+
+    The others, and what is raised, are those of ``merge_stage``.
+    """
+    layers = runner.checkpoint.num_layers
+
+    def work(ids: torch.Tensor) -> dict[str, NDArray[np.float64]]:
+        probe = _probe(runner, ids, pieces / f"{STATES}{len(ids)}")
+        with progress.task("similarity of the layers", layers * len(measures)) as task:
+            return {measure: Similarities(probe, measure).matrix(task) for measure in measures}
+
+    matrices = on_finite_windows(torch.from_numpy(windows), work, progress)
+    about = {"model": _about(runner.checkpoint), "calibration": calibration}
+    write_json(out / SIMILARITY, {**about, "measures": {name: m.round(6).tolist() for name, m in matrices.items()}})
+    draw_measures(matrices, [out / HEATMAP, out / HEATMAP_VECTORS])
+
+
+def _probe(runner: LayerRunner, ids: torch.Tensor, folder: Path) -> Trajectory:
+    """Return the model on a few of the windows, evenly spread."""
+    return Trajectory(runner, ids, folder / "probe", every=max(1, len(ids) // PROBE_WINDOWS))
+
+
+def _about(checkpoint: Checkpoint) -> dict[str, Any]:
+    return {
+        "architecture": checkpoint.architecture.name,
+        "layers": checkpoint.num_layers,
+        "fingerprint": checkpoint.fingerprint,
+    }
 
 
 class _Piece:
@@ -181,95 +203,10 @@ class _Piece:
         return figures
 
 
-class _Similarities:
-    """The similarity of the layers under merge; only what a merge changed is computed again."""
-
-    def __init__(self, probe: Trajectory) -> None:
-        self.probe = probe
-        self._cells: list[Cells] = []
-        # Token positions as the graph's nodes, the same in every layer; never the first token of a
-        # window, whose massive activations would decide every distance.
-        windows, tokens = probe.ids.shape
-        count = min(GRAPH_NODES, windows * (tokens - 1))
-        chosen = np.sort(np.random.default_rng(0).choice(windows * (tokens - 1), count, replace=False))
-        self._nodes = torch.from_numpy(np.stack(np.divmod(chosen, tokens - 1))) + torch.tensor([[0], [1]])
-
-    def neighbours(self) -> list[float]:
-        """S of each layer and the next."""
-        self._complete()
-        return [npib(one, other) for one, other in zip(self._cells, self._cells[1:], strict=False)]
-
-    def massive_layers(self) -> list[int]:
-        """Return the original layers that write massive activations, which every later layer's attention leans on.
-
-        Such a layer multiplies the stream of a few tokens many times over (arXiv 2402.17762; 182 times in layer 11
-        of SmolLM2-135M, where no layer after the first three passes 2.1 otherwise). To the other tokens it is a
-        layer like any other, so no similarity warns of merging it.
-        """
-        self._complete()
-        return [i for i, update in enumerate(self.probe.largest_update) if update > MASSIVE]
-
-    def matrix(self, task: Task | None = None) -> NDArray[np.float64]:
-        """S of every two layers."""
-        self._complete(task)
-        return similarity_matrix(self._cells)
-
-    def forget(self, position: int) -> None:
-        """Follow a merge: the layers from ``position`` on have changed."""
-        del self._cells[position:]
-
-    def _complete(self, task: Task | None = None) -> None:
-        for position in range(len(self._cells), len(self.probe.layers)):
-            self._cells.append(cells(self.probe.nodes_after(position, self._nodes).double().numpy()))
-            if task is not None:
-                task.advance()
-
-
-def _choose(settings: Settings, view: _Similarities) -> Iterator[tuple[int, float, float]]:
-    """Yield position, similarity and α of one merge after another.
-
-    Raises:
-        UsageError: there are not as many pairs as are to be merged.
-    """
-    left = _allowed(settings, view)
-    if settings.remove > len(left):
-        raise UsageError(
-            f"{settings.remove} layers are to go, but only {len(left)} pairs of neighbours can be merged: the first "
-            f"{settings.protect} layers are protected, and {view.massive_layers()} write massive activations",
-            "Lower --ratio or --protect.",
-        )
-
-    def alpha(similarity: float) -> float:
-        return similarity if settings.alpha is None else settings.alpha
-
-    if settings.schedule == "iterative":
-        for _ in range(settings.remove):
-            similarities = view.neighbours()
-            best = max(_allowed(settings, view), key=similarities.__getitem__)
-            yield best, similarities[best], alpha(similarities[best])
-    else:
-        similarities = view.neighbours()
-        order = sorted(left, key=similarities.__getitem__, reverse=True)
-        # Bottom up, so that each merge sees the stream as the merges below it leave it; every one
-        # moves the positions above it down by one.
-        for done, pair in enumerate(sorted(order[: settings.remove])):
-            yield pair - done, similarities[pair], alpha(similarities[pair])
-
-
-def _allowed(settings: Settings, view: _Similarities) -> list[int]:
-    """Return the positions whose layer may be merged with the next."""
-    massive, layers = view.massive_layers(), view.probe.layers
-    return [
-        position
-        for position in range(settings.protect, len(layers) - 1)
-        if not any(layers[position].first <= index <= layers[position + 1].last for index in massive)
-    ]
-
-
-def _replay(plan: Plan, trajectory: Trajectory) -> Iterator[tuple[int, float, float]]:
+def _replay(plan: Plan, trajectory: Trajectory) -> Iterator[Choice]:
     for step in plan.steps:
-        position = [layer.span for layer in trajectory.layers].index(step.lower)
-        yield position, step.similarity, step.alpha
+        position, last = step.places([layer.span for layer in trajectory.layers])
+        yield Choice(position, last, step.similarity, step.alpha)
 
 
 def _write_checkpoint(trajectory: Trajectory, out: Path) -> None:

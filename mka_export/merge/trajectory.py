@@ -8,8 +8,9 @@ no more than the layers after it that matter.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from torch import Tensor
 from mka_export.hashes import file_sha256
 from mka_export.merge.states import StatesFile
 from mka_export.models.activations import Activations
-from mka_export.models.runner import LayerRunner, check_finite
+from mka_export.models.runner import LayerRunner, Weights, check_finite
 from mka_export.models.statistics import ColumnStatistics
 from mka_export.workspace import seal, sealed
 
@@ -61,8 +62,6 @@ class Trajectory:
         windows: their numbers.
         layers: the model under merge, bottom up.
         layer_runs: how many times a layer was run over all windows.
-        largest_update: for each layer of the original that was run, the largest ‖output − input‖ / ‖input‖
-            of any token.
     """
 
     def __init__(self, runner: LayerRunner, ids: Tensor, folder: Path, every: int = 1) -> None:
@@ -71,7 +70,7 @@ class Trajectory:
         folder.mkdir(parents=True, exist_ok=True)
         self.layers = [Layer(i, i) for i in range(runner.checkpoint.num_layers)]
         self.layer_runs = 0
-        self.largest_update: list[float] = []
+        self._updates: list[float] = []
         self._shape = (*self.ids.shape, runner.checkpoint.hidden_size)
         self._shared = len(self.layers)  # this many bottom layers are the original's, and so are their states
         self._original_known = 0  # the last boundary whose states in the original are there
@@ -113,6 +112,28 @@ class Trajectory:
             found.append(self._read(file, batch)[window[here] - batch.start, token[here]])
         return torch.cat(found).cpu()
 
+    def above(self, position: int) -> Iterator[tuple[int, Callable[[], Weights]]]:
+        """Yield the layers above ``position``, for ``outcome``."""
+        for place in range(position + 1, len(self.layers)):
+            yield self.layers[place].first, partial(self.weights, place)
+
+    def outcome(self, position: int, layers: Iterable[tuple[int, Callable[[], Weights]]]) -> Tensor:
+        """Return the final states if from ``position`` on these layers stood: (N, T, hidden), all in memory.
+
+        Args:
+            layers: kind and weights of each.
+        """
+        states = [self.before(position, batch) for batch in self.batches()]
+        for kind, weights in layers:
+            loaded = weights()
+            states = [self.runner.run_layer(kind, loaded, batch) for batch in states]
+        return torch.cat(states)
+
+    def largest_updates(self) -> list[float]:
+        """Return, for each layer of the original, the largest ‖output − input‖ / ‖input‖ of any token."""
+        self._run_original(self.runner.checkpoint.num_layers)
+        return self._updates
+
     def activations(self, calibration: str) -> Activations:
         """Return the column statistics of the model as it is now; ``calibration`` is the windows' sha256."""
         self._states(len(self.layers))
@@ -121,14 +142,14 @@ class Trajectory:
         found = {name(i, k): v for i, layer in enumerate(layers) for k, v in layer.mean_square.items()}
         return Activations(found, self.ids.numel(), calibration)
 
-    def replace(self, position: int, file: Path) -> None:
-        """Put one layer, with the float32 weights in ``file``, in the place of those at ``position`` and after it."""
-        first, last = self.layers[position].first, self.layers[position + 1].last
+    def replace(self, position: int, last: int, file: Path) -> None:
+        """Put one layer, with the float32 weights in ``file``, in the place of those from ``position`` to ``last``."""
+        span = self.layers[position].first, self.layers[last].last
         if position < self._shared:
             self._shared = self._merged_known = position
         self._merged_known = min(self._merged_known, position)
         del self._merged_statistics[self._merged_known - self._shared :]
-        self.layers[position : position + 2] = [Layer(first, last, file)]
+        self.layers[position : last + 1] = [Layer(*span, file)]
 
     def _states(self, boundary: int) -> StatesFile:
         """Return the file of the states at ``boundary`` of the model under merge, made if need be."""
@@ -145,14 +166,14 @@ class Trajectory:
             out = self._original(index + 1)
             saved = out.path.with_suffix(".statistics")
             if about := self._finished(index + 1):
-                self.largest_update.append(about["update"])
+                self._updates.append(about["update"])
                 statistics = ColumnStatistics.load(saved)
             else:
-                self.largest_update.append(0.0)
+                self._updates.append(0.0)
                 weights, source = self.runner.weights(index), self._original(index)
                 statistics = self._run(index, weights, source, out, self._note_update)
                 statistics.save(saved)
-                about = {"windows": self._key, "update": self.largest_update[-1], "statistics": file_sha256(saved)}
+                about = {"windows": self._key, "update": self._updates[-1], "statistics": file_sha256(saved)}
                 seal(out.path, about)
             self._original_statistics.append(statistics)
             self._original_known = index + 1
@@ -167,7 +188,7 @@ class Trajectory:
 
     def _note_update(self, before: Tensor, after: Tensor) -> None:
         update = float(((after - before).norm(dim=-1) / before.norm(dim=-1).clamp_min(1e-12)).max())
-        self.largest_update[-1] = max(self.largest_update[-1], update)
+        self._updates[-1] = max(self._updates[-1], update)
 
     def _run(
         self,

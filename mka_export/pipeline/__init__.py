@@ -10,8 +10,10 @@ from pathlib import Path
 
 from rich.console import Console
 
-from mka_export.errors import UsageError
+from mka_export.errors import UsageError, unknown_name
 from mka_export.hashes import file_sha256
+from mka_export.merge.measures import MEASURES
+from mka_export.merge.stage import SIMILARITY, similarity_stage
 from mka_export.options import (
     ConvertOptions,
     DeviceOptions,
@@ -22,13 +24,14 @@ from mka_export.options import (
     TextOptions,
 )
 from mka_export.pipeline.export import REPORT, Export
-from mka_export.pipeline.job import Job
+from mka_export.pipeline.job import Job, stem
 from mka_export.pipeline.machine import examine
 from mka_export.pipeline.requests import check_merge, given_limits, load_targets
 from mka_export.report import print_forecast, print_machine, write_report
 from mka_export.target import Artifact, Limits, Target
 from mka_export.workspace import Workspace
 
+SIMILARITIES = "similarity"  # a stage folder
 DEFAULT_MAX_PPL_RATIO = 1.35  # of an artifact that comes without a target
 
 
@@ -117,6 +120,31 @@ def doctor(model: str | None, ratio: float | None, to: tuple[str, ...], *, as_js
             print_forecast(forecast, Console())
     broken = any(runtime["error"] for runtime in machine["runtimes"].values())
     return 1 if broken or (forecast and forecast["shortfalls"]) else 0
+
+
+def similarity(
+    model: str, measures: tuple[str, ...], texts: TextOptions, device: DeviceOptions, output: OutputOptions
+) -> int:
+    """Draw how alike all layers of a model are, by some measures or all; prints the folder or the matrices."""
+    for name in measures:
+        if name not in MEASURES:
+            raise UsageError(unknown_name("--measure", name, MEASURES))
+    chosen = list(dict.fromkeys(measures or MEASURES))
+    job = Job(model, texts, device, output, f"{stem(model)}-similarity")
+    assert job.out is not None
+    with Workspace(job.out, job.progress) as workspace:
+        job.open()
+        windows = job.calibration
+        about = windows.describe()
+        inputs = {**job.inputs(job.original), "calibration": about, "measures": chosen}
+
+        def make(folder: Path, pieces: Path) -> None:
+            similarity_stage(job.runner, windows.ids, about, chosen, folder, pieces, job.progress)
+
+        made = workspace.stage(SIMILARITIES, inputs, make)
+        workspace.write_manifest(job.about())
+        print((made.path / SIMILARITY).read_text(encoding="utf-8") if output.json else made.path)
+    return 0
 
 
 def check(

@@ -12,9 +12,11 @@ import torch
 
 from mka_export.errors import ConversionError, UsageError
 from mka_export.inputs import CALIBRATION_WINDOW
+from mka_export.merge.choose import Settings
+from mka_export.merge.methods import METHODS
 from mka_export.merge.needs import merge_need
 from mka_export.merge.plan import Plan, read_plan
-from mka_export.merge.stage import ACTIVATIONS, PLAN, Settings, layers_to_remove, merge_stage
+from mka_export.merge.stage import ACTIVATIONS, PLAN, layers_to_remove, merge_stage
 from mka_export.models.activations import Activations, calibrate, calibration_need
 from mka_export.models.checkpoint import Checkpoint, read_json
 from mka_export.models.expected import expected_outline, fetch_need
@@ -25,7 +27,7 @@ from mka_export.options import DeviceOptions, MergeOptions, OutputOptions, TextO
 from mka_export.parity.comparison import measuring_bytes
 from mka_export.parity.verdict import judge
 from mka_export.pipeline.forecast import Forecast, left_to_do
-from mka_export.pipeline.job import PACKAGES, Job, stem, versions
+from mka_export.pipeline.job import Job, stem
 from mka_export.report import write_report
 from mka_export.target import Artifact, Target, load_converter
 from mka_export.workspace import Stage, Workspace, write_json
@@ -121,7 +123,7 @@ class Export(Job):
         method, layers, tokens = None, model.num_layers, self.texts.calibration_tokens
         if self.planned is not None:
             settings = self._settings(self.planned, model.architecture.name, layers)
-            layers -= len(settings.steps) if isinstance(settings, Plan) else settings.remove
+            layers -= settings.remove
             method = settings.method
             stages[MERGED] = merge_need(model, model.num_layers - layers, method, tokens, CALIBRATION_WINDOW)
         elif any(target.activations for target in self.targets):
@@ -143,7 +145,7 @@ class Export(Job):
         assert self.planned is not None
         settings = self._settings(self.planned, self.original.architecture.name, self.original.num_layers)
         inputs = {
-            **self._inputs(self.original),
+            **self.inputs(self.original),
             "calibration": self.calibration.sha256,
             "merge": settings.to_dict() if isinstance(settings, Plan) else dataclasses.asdict(settings),
         }
@@ -157,7 +159,7 @@ class Export(Job):
         self._merge_report = {
             "method": plan["method"],
             "measure": plan["measure"],
-            "ratio": len(plan["steps"]) / self.original.num_layers,
+            "ratio": 1 - len(plan["layers"]) / self.original.num_layers,
             "schedule": plan["schedule"],
             "protect": plan["protect"],
             "layers": plan["layers"],
@@ -172,8 +174,9 @@ class Export(Job):
     def _settings(self, options: MergeOptions, family: str, layers: int) -> Settings | Plan:
         if options.plan is None:
             assert options.ratio is not None
-            remove = layers_to_remove(options.ratio, layers, options.protect)
-            return Settings(remove, options.method, options.schedule, options.protect, options.alpha)
+            protect = METHODS[options.method].protect if options.protect is None else options.protect
+            remove = layers_to_remove(options.ratio, layers, protect)
+            return Settings(remove, options.method, options.measure, options.schedule, protect, options.alpha)
         plan = read_plan(options.plan)
         if (plan.model["architecture"], plan.model["layers"]) != (family, layers):
             raise UsageError(
@@ -197,7 +200,7 @@ class Export(Job):
         target = dataclasses.replace(target, options={"file_stem": name, **target.options})
         activations = self._activations(checkpoint) if target.activations else None
         inputs = {
-            **self._inputs(checkpoint),
+            **self.inputs(checkpoint),
             "target": {"converter": target.converter, "precision": target.precision, "options": dict(target.options)},
             "activations": activations and [activations.calibration, activations.tokens],
         }
@@ -230,7 +233,7 @@ class Export(Job):
 
     def _measured(self, artifact: Artifact, checkpoint: Checkpoint, target: Target, made: Stage) -> dict[str, Any]:
         inputs = {
-            **self._inputs(checkpoint),
+            **self.inputs(checkpoint),
             "artifact": dict(made.files),
             "original": self.original.fingerprint,
             "evaluation": [self._text.evaluation.sha256, self.evaluation.sha256],
@@ -251,14 +254,9 @@ class Export(Job):
             ids = torch.from_numpy(self.calibration.ids)
             calibrate(self.runner, ids, self.calibration.sha256, self.progress).save(folder / ACTIVATIONS)
 
-        inputs = {**self._inputs(checkpoint), "calibration": self.calibration.sha256}
+        inputs = {**self.inputs(checkpoint), "calibration": self.calibration.sha256}
         return Activations.load(self.workspace.stage(CALIBRATION, inputs, make).path / ACTIVATIONS)
-
-    def _inputs(self, checkpoint: Checkpoint) -> dict[str, Any]:
-        return {"model": checkpoint.fingerprint, "versions": versions(*PACKAGES)}
 
     def write_manifest(self) -> None:
         """Record what was made from what."""
-        self.workspace.write_manifest(
-            {"model": self.source.name, "source": dict(self.provenance), "tool": versions(*PACKAGES)}
-        )
+        self.workspace.write_manifest(self.about())

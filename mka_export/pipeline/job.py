@@ -87,6 +87,14 @@ class Job:
         self.prompts = [([] if leading is None else [leading]) + text_ids(tokenizer, p) for p in sample_prompts()]
         self._tokenizer = tokenizer
 
+    def about(self) -> dict[str, Any]:
+        """Return what was worked on, and with what, for the manifest."""
+        return {"model": self.source.name, "source": dict(self.provenance), "tool": versions(*PACKAGES)}
+
+    def inputs(self, checkpoint: Checkpoint) -> dict[str, Any]:
+        """Return what every stage made from a checkpoint depends on."""
+        return {"model": checkpoint.fingerprint, "versions": versions(*PACKAGES)}
+
     @cached_property
     def calibration(self) -> Windows:
         """The calibration windows."""

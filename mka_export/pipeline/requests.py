@@ -5,10 +5,11 @@ from __future__ import annotations
 import dataclasses
 
 from mka_export.errors import UsageError, unknown_name
-from mka_export.merge.fuse import METHODS
+from mka_export.merge.measures import DEFAULT, MEASURES
+from mka_export.merge.methods import METHODS
 from mka_export.merge.plan import read_plan
 from mka_export.merge.stage import layers_to_remove
-from mka_export.options import ConvertOptions, LimitOptions, MergeOptions
+from mka_export.options import ITERATIVE, ConvertOptions, LimitOptions, MergeOptions
 from mka_export.parity.runtimes import RUNTIMES
 from mka_export.pipeline.export import CALIBRATION, MERGED, PARITY, REPORT
 from mka_export.target import Limits, Target, load_converter, load_target
@@ -29,6 +30,13 @@ def check_merge(options: MergeOptions) -> None:
         read_plan(options.plan)
     if options.method not in METHODS:
         raise UsageError(unknown_name("--method", options.method, METHODS))
+    if options.measure not in MEASURES:
+        raise UsageError(unknown_name("--measure", options.measure, MEASURES))
+    if (options.measure, options.schedule) != (DEFAULT, ITERATIVE) and not METHODS[options.method].measured:
+        raise UsageError(
+            f"--measure and --schedule are for methods that compare layers; {options.method} has its own way to choose",
+            "Leave them out.",
+        )
     if options.alpha is not None and options.method != "mka-paper":
         raise UsageError(f"--alpha is for --method mka-paper; {options.method} does not average", "Leave it out.")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import multiprocessing
 import os
@@ -25,7 +26,7 @@ from mka_gguf import conversion
 
 from mka_export.cli import main
 from mka_export.hashes import file_sha256
-from mka_export.merge import stage
+from mka_export.merge.methods import METHODS
 from mka_export.pipeline import job
 
 PAIRS = 2
@@ -208,7 +209,8 @@ def goes_on(pico_llama, undisturbed, monkeypatch):
             quantize=missing("gguf-q8"),
             measure=missing("parity/gguf-q8"),
         )
-        monkeypatch.setitem(stage.METHODS, "mka", counted("fit", stage.METHODS["mka"]))
+        method = METHODS["mka"]
+        monkeypatch.setitem(METHODS, "mka", dataclasses.replace(method, fuse=counted("fit", method.fuse)))
         monkeypatch.setattr(conversion, "write", counted("write", conversion.write))
         monkeypatch.setattr(conversion, "quantize", counted("quantize", conversion.quantize))
         monkeypatch.setattr(job, "measure", counted("measure", job.measure))

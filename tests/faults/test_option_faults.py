@@ -28,6 +28,12 @@ CASES: dict[str, tuple[list[str], str]] = {
     "the target's file misnames a field": (["{model}", *MERGE, "--to", "{bad_target}"], "precison"),
     "the target's runtime is unknown": (["{model}", *MERGE, "--to", "{odd_target}"], "did you mean llama.cpp?"),
     "the method is unknown": (["{model}", *MERGE, *TO, "--method", "mka-papr"], "did you mean mka-paper?"),
+    "the measure is unknown": (["{model}", *MERGE, *TO, "--measure", "cosin"], "did you mean cosine?"),
+    "the measure of a picture is unknown": (["similarity", "{model}", "--measure", "npid"], "did you mean npib?"),
+    "a measure is given to a method that has its own": (
+        ["{model}", *MERGE, *TO, "--method", "tail", "--measure", "cka"],
+        "tail has its own way to choose",
+    ),
     "an option is unknown": (["{model}", *MERGE, *TO, "--rato", "3"], "--rato"),
     "an average's weight is given to a method that does not average": (
         ["{model}", *MERGE, *TO, "--alpha", "0.5"],

@@ -254,6 +254,7 @@ def _plan() -> dict[str, Any]:
         "version": 1,
         "model": {"architecture": "llama", "layers": 4, "fingerprint": DIGEST},
         "method": "mka",
+        "measure": "npib",
         "schedule": "iterative",
         "protect": 1,
         "calibration": {"tokens": 8},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -9,34 +10,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from merge_tools import QUIET, WINDOWS, merged, settings
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from mka_export.errors import UsageError
-from mka_export.merge.fuse import METHODS
+from mka_export.merge.measures import MEASURES
+from mka_export.merge.methods import METHODS
 from mka_export.merge.plan import read_plan
-from mka_export.merge.stage import PROBE_WINDOWS, Settings, layers_to_remove, merge_stage
+from mka_export.merge.stage import PROBE_WINDOWS, layers_to_remove
 from mka_export.merge.trajectory import Trajectory
 from mka_export.models.activations import Activations, calibrate
 from mka_export.models.checkpoint import Checkpoint
 from mka_export.models.runner import LayerRunner
-from mka_export.progress import Progress
-
-QUIET = Progress(quiet=True)
-WINDOWS = np.random.default_rng(1).integers(3, 600, size=(8, 48))
-CALIBRATION = {"source": "test", "sha256": "0" * 64, "tokens": WINDOWS.size}
-
-
-def settings(**changes) -> Settings:
-    return Settings(**{"remove": 2, "method": "mka", "schedule": "iterative", "protect": 1, "alpha": None, **changes})
-
-
-def merged(model: Path, out: Path, how) -> Path:
-    out.mkdir()
-    pieces = out.with_name(f"{out.name}-pieces")
-    pieces.mkdir(exist_ok=True)
-    merge_stage(LayerRunner(Checkpoint.open(model)), WINDOWS, CALIBRATION, how, out, pieces, QUIET)
-    return out
 
 
 def logits(path: Path) -> torch.Tensor:
@@ -45,12 +31,17 @@ def logits(path: Path) -> torch.Tensor:
         return model(torch.from_numpy(WINDOWS)).logits
 
 
+ONE_SHOT = {"schedule": "one-shot"}
+OTHERS = [(name, {}) for name in METHODS if not METHODS[name].measured]
+
+
 @pytest.mark.parametrize("family", ["pico_llama", "pico_qwen2"])
-@pytest.mark.parametrize("method", ["mka", "mka-paper"])
-@pytest.mark.parametrize("schedule", ["iterative", "one-shot"])
-def test_result_loads_in_transformers_with_fewer_layers(family, method, schedule, request, tmp_path):
+@pytest.mark.parametrize(
+    ("method", "how"), [("mka", {}), ("mka-paper", {}), ("mka", ONE_SHOT), ("mka-paper", ONE_SHOT), *OTHERS]
+)
+def test_result_loads_in_transformers_with_fewer_layers(family, method, how, request, tmp_path):
     model = request.getfixturevalue(family)
-    out = merged(model, tmp_path / "out", settings(method=method, schedule=schedule))
+    out = merged(model, tmp_path / "out", settings(method=method, **how))
     config = json.loads((out / "config.json").read_text())
     assert config["num_hidden_layers"] == 4
     assert len(config.get("layer_types") or [None] * 4) == 4
@@ -87,6 +78,18 @@ def test_average_is_the_papers_formula(pico_qwen2, tmp_path):
         torch.testing.assert_close(after[f"model.layers.{lower}.{name}"], expected)
 
 
+@pytest.mark.parametrize("measure", MEASURES)
+def test_the_measure_chooses(measure, pico_llama, tmp_path):
+    out = merged(pico_llama, tmp_path / "out", settings(remove=1, method="mka-paper", measure=measure))
+    written = json.loads((out / "similarity.json").read_text())
+    (step,) = read_plan(out / "plan.json").steps
+    assert written["measure"] == measure
+    matrix = np.array(written["before"])
+    neighbours = np.diag(matrix, 1)[1:]
+    assert step.lower[0] == 1 + int(neighbours.argmax())
+    assert step.similarity == pytest.approx(neighbours.max(), abs=1e-5)
+
+
 def test_alpha_is_the_similarity_by_default(pico_llama, tmp_path):
     plan = read_plan(merged(pico_llama, tmp_path / "out", settings(method="mka-paper")) / "plan.json")
     assert all(step.alpha == step.similarity for step in plan.steps)
@@ -103,16 +106,16 @@ def test_same_input_same_bytes_and_a_plan_replays_to_them(pico_llama, tmp_path):
 
 @pytest.mark.parametrize("schedule", ["iterative", "one-shot"])
 def test_a_merge_goes_on_at_its_last_finished_pair(schedule, pico_llama, tmp_path, monkeypatch):
-    how, fuse, fits = settings(schedule=schedule, remove=3), METHODS["mka"], []
+    how, method, fits = settings(schedule=schedule, remove=3), METHODS["mka"], []
 
-    def counted(trajectory, position, alpha):
+    def counted(trajectory, position, last, alpha):
         fits.append(position)
         if len(fits) == 3:
             raise KeyboardInterrupt
-        return fuse(trajectory, position, alpha)
+        return method.fuse(trajectory, position, last, alpha)
 
     undisturbed = merged(pico_llama, tmp_path / "undisturbed", how)
-    monkeypatch.setitem(METHODS, "mka", counted)
+    monkeypatch.setitem(METHODS, "mka", dataclasses.replace(method, fuse=counted))
     with pytest.raises(KeyboardInterrupt):
         merged(pico_llama, tmp_path / "out", how)
     shutil.rmtree(tmp_path / "out")
@@ -146,7 +149,7 @@ def same(trajectory: Trajectory, position: int) -> None:
     """Replace two layers by the lower one."""
     file = trajectory.folder / f"{position}.safetensors"
     save_file(trajectory.weights(position), file)
-    trajectory.replace(position, file)
+    trajectory.replace(position, position + 1, file)
 
 
 def test_a_merge_runs_only_the_layers_after_it(pico_llama, tmp_path):
@@ -180,7 +183,7 @@ def test_the_originals_states_are_taken_from_a_run_that_was_killed(pico_llama, t
     resumed = again(ids)
     states, told = resumed.before(6, everything), resumed.activations("").mean_square
     assert resumed.layer_runs == 2
-    assert resumed.largest_update[:4] == killed.largest_update[:4]
+    assert resumed.largest_updates() == killed.largest_updates()
     flipped = tmp_path / "s" / "original-3.f32"
     data = flipped.read_bytes()
     flipped.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))

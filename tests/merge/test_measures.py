@@ -1,4 +1,4 @@
-"""Diffusion maps and NPIB behave as the paper needs them to."""
+"""Diffusion maps and NPIB behave as the paper needs them to, and the other measures as theirs."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mka_export.merge.diffusion import diffusion_map, gaussian_kernel
-from mka_export.merge.similarity import cells, npib, similarity_matrix
+from mka_export.merge.measures import MEASURES, npib
 
 RNG = np.random.default_rng(0)
 
@@ -80,12 +80,47 @@ def test_npib_of_a_constant_is_zero():
     assert npib(np.zeros((1, 4), dtype=int), np.array([[0, 1, 2, 3]])) == 0.0
 
 
+def similarity(name: str, one: np.ndarray, other: np.ndarray) -> float:
+    measure = MEASURES[name]
+    return measure.compare(measure.keep(one), measure.keep(other))
+
+
 def test_layers_with_the_same_geometry_are_alike_and_others_are_not():
     points = swiss_roll()
     turned = points @ np.linalg.qr(RNG.normal(size=(3, 3)))[0] * 50 + 3
     other = RNG.normal(size=points.shape)
-    matrix = similarity_matrix([cells(p) for p in (points, turned, other)])
-    np.testing.assert_array_equal(np.diag(matrix), 1.0)
-    np.testing.assert_array_equal(matrix, matrix.T)
-    assert matrix[0, 1] > 0.9
-    assert matrix[0, 2] < matrix[0, 1] - 0.3
+    assert similarity("npib", points, turned) > 0.9
+    assert similarity("npib", points, other) < similarity("npib", points, turned) - 0.3
+
+
+@pytest.mark.parametrize("name", MEASURES)
+def test_every_measure_is_symmetric_in_the_unit_interval_and_free_of_units(name):
+    one = RNG.normal(size=(80, 6))
+    other = one + 0.3 * RNG.normal(size=one.shape)
+    assert similarity(name, one, one) == pytest.approx(1.0, abs=1e-3)
+    assert similarity(name, one, other) == pytest.approx(similarity(name, other, one))
+    assert 0.0 <= similarity(name, one, -other) <= 1.0
+    assert 0.0 < similarity(name, one, other) < 1.0
+    assert similarity(name, 1e3 * one, 1e3 * other) == pytest.approx(similarity(name, one, other), rel=1e-4)
+    assert np.isfinite(similarity(name, np.zeros((80, 6)), one))
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        # x = (1, 0), (0, 2); y = (1, 1), (0, 2): the angles are 45 and 0 degrees
+        ("cosine", (1 + 4) / np.sqrt(5 * 6)),
+        ("block-influence", (np.sqrt(0.5) + 1) / 2),
+        ("angular", 1 - (0.25 + 0) / 2),
+        ("euclidean", 1 - (1 / (1 + np.sqrt(2)) + 0) / 2),
+    ],
+)
+def test_measure_by_hand(name, expected):
+    assert similarity(name, np.array([[1.0, 0], [0, 2]]), np.array([[1.0, 1], [0, 2]])) == pytest.approx(expected)
+
+
+def test_cka_by_hand():
+    # centred: x = ±1, y = (±1, ±2): Gram matrices ∝ [[1, -1], [-1, 1]], the same
+    assert similarity("cka", np.array([[0.0], [2.0]]), np.array([[0.0, 0], [2, 4]])) == pytest.approx(1.0)
+    one, other = np.array([[1.0], [-1], [0]]), np.array([[1.0], [0], [-1]])
+    assert similarity("cka", one, other) == pytest.approx(float(one.T @ other) ** 2 / 4)

@@ -1,0 +1,124 @@
+"""The tokens of a fit, and what a layer's neurons make of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from mka_export.errors import UnsupportedError
+from mka_export.merge.states import StatesFile
+from mka_export.merge.trajectory import Trajectory
+from mka_export.models.runner import check_finite
+
+FIT_TOKENS = 512  # whose neurons are in memory at a time: 59 MB for the 28 672 of two layers of an 8B model
+ROWS = ("gate", "up")  # the roles that read the stream
+
+
+def attention_names(trajectory: Trajectory, position: int) -> list[str]:
+    """Return the names of all a layer's tensors but the MLP's."""
+    checkpoint = trajectory.runner.checkpoint
+    found = checkpoint.layer(trajectory.layers[position].first)
+    return [name for name in found if not name.startswith(checkpoint.architecture.mlp + ".")]
+
+
+def refuse_biases(trajectory: Trajectory, position: int) -> None:
+    """Check that an MLP is what the fits are written for.
+
+    Raises:
+        UnsupportedError: it has biases.
+    """
+    checkpoint = trajectory.runner.checkpoint
+    found = checkpoint.layer(trajectory.layers[position].first)
+    if any(name.startswith(checkpoint.architecture.mlp + ".") and name.endswith(".bias") for name in found):
+        raise UnsupportedError("neurons with biases cannot be fitted", "Use --method mka-paper.")
+
+
+def normed(trajectory: Trajectory, position: int, name: str) -> Tensor:
+    """Return a matrix that reads the stream of its layer's MLP, with the norm's weight multiplied in."""
+    norm = trajectory.runner.checkpoint.architecture.layer["mlp_norm"]
+    weights = trajectory.weights(position, name, norm)
+    return weights[name].mul_(weights[norm])
+
+
+class FitTokens:
+    """What the MLP of the lowest layer of some reads, and what it should add, for every calibration token, on disk.
+
+    Args:
+        position: the place of the lowest layer.
+        last: that of the highest: what the original has after it is what the stream should be.
+        relative: every token counts relative to its own stream, since later layers normalise what they read. (Some
+            tokens, the first above all, have one hundreds of times larger, and would decide the fit.)
+    """
+
+    def __init__(self, trajectory: Trajectory, position: int, last: int, *, relative: bool) -> None:
+        from transformers.activations import ACT2FN  # seconds, which bad input need not wait for
+
+        runner, checkpoint = trajectory.runner, trajectory.runner.checkpoint
+        self.device, self.count, self._folder = runner.device, trajectory.ids.numel(), trajectory.folder
+        self._extra: list[StatesFile] = []
+        self._activation = ACT2FN[checkpoint.config["hidden_act"]]
+        self._inputs, self._targets, self._weights = (
+            StatesFile(trajectory.folder / f"fit-{name}.f32", columns)
+            for name, columns in (
+                ("inputs", checkpoint.hidden_size),
+                ("targets", checkpoint.hidden_size),
+                ("weights", 1),
+            )
+        )
+        weights = trajectory.weights(position, *attention_names(trajectory, position))
+        norm = checkpoint.architecture.layer["mlp_norm"]
+        weights[norm] = torch.ones_like(weights[norm])  # it hands on the bare normalised stream
+        kind, first = trajectory.layers[position].first, 0
+        for batch in trajectory.batches():
+            stream, inputs = runner.before_mlp(kind, weights, trajectory.before(position, batch))
+            check_finite(stream, f"layer {kind}, merged", trajectory.windows[batch])
+            original = trajectory.target(last, batch)
+            size = original.square().mean(dim=-1, keepdim=True)
+            weight = size.rsqrt() if relative else torch.ones_like(size)
+            self._inputs.write(first, inputs.flatten(0, 1))
+            self._targets.write(first, (weight * (original - stream)).flatten(0, 1))
+            self._weights.write(first, weight.flatten(0, 1))
+            first += weight.numel()
+
+    def spread(self, count: int) -> Tensor:
+        """Return the indices of at most ``count`` tokens, evenly spread over all."""
+        return torch.linspace(0, self.count - 1, min(count, self.count)).round().long()
+
+    def neurons(self, gate: Tensor, up: Tensor, chosen: Tensor | None = None) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield the activations of neurons with rows ``gate`` and ``up``, and their targets, for some tokens or all."""
+        for inputs, targets, weight in self._blocks(chosen, self._inputs, self._targets, self._weights):
+            yield self._activation(inputs @ gate.T).mul_(inputs @ up.T).mul_(weight), targets
+
+    def neurons_on_disk(self, gate: Tensor, up: Tensor, chosen: Tensor) -> StatesFile:
+        """Write the activations of neurons for some tokens; returns the file: (len(chosen), neurons)."""
+        self._extra.append(StatesFile(self._folder / f"fit-neurons-{len(self._extra)}.f32", len(gate)))
+        first = 0
+        for activations, _ in self.neurons(gate, up, chosen):
+            self._extra[-1].write(first, activations)
+            first += len(activations)
+        return self._extra[-1]
+
+    def read_neurons(self, files: list[StatesFile], chosen: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield the activations in all of ``files``, side by side, and the targets of the tokens they are for."""
+        first = 0
+        for (targets,) in self._blocks(chosen, self._targets):
+            rows = slice(first, first + len(targets))
+            yield torch.cat([file.read(rows).to(self.device) for file in files], dim=1), targets
+            first = rows.stop
+
+    def _blocks(self, chosen: Tensor | None, *files: StatesFile) -> Iterator[list[Tensor]]:
+        """Yield what is in ``files`` for ``FIT_TOKENS`` tokens at a time, of which the ``chosen`` ones."""
+        for start in range(0, self.count, FIT_TOKENS):
+            rows = slice(start, min(start + FIT_TOKENS, self.count))
+            found = [file.read(rows).to(self.device) for file in files]
+            if chosen is not None:
+                here = (chosen[(chosen >= start) & (chosen < rows.stop)] - start).to(self.device)
+                found = [each[here] for each in found]
+            yield found
+
+    def delete(self) -> None:
+        """Free the disk."""
+        for file in (self._inputs, self._targets, self._weights, *self._extra):
+            file.path.unlink()
