@@ -20,3 +20,8 @@ def type_in(*arguments: object) -> Result:
 
 def contents(folder: Path) -> dict[str, bytes]:
     return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def visible(out: Path) -> set[str]:
+    """Return what stands in an output folder under a final name."""
+    return {p.name for p in out.iterdir() if not p.name.startswith(".")} if out.is_dir() else set()

@@ -227,6 +227,7 @@ def real(values: Iterable[object]) -> list[object]:
     return [pytest.param(value, marks=pytest.mark.real) for value in values]
 
 
+@pytest.mark.real
 def test_survived_kill_in_every_stage(pico_llama, goes_on, tmp_path):
     """kill -9 in every stage of one job, one after the other: what is finished is not touched again"""
     out, earlier = tmp_path / "out", {}
