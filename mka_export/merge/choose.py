@@ -174,12 +174,19 @@ def collapsible(settings: Settings, views: Views) -> Iterator[Choice]:
     From the top down, up to ``COLLAPSED`` layers at a time become one where the cosine of the final states with the
     original's stays above a threshold. The paper sets the threshold by hand for each model; here it is the highest, in
     steps of 0.05, at which enough layers go.
+
+    Raises:
+        UsageError: there is none.
     """
     for threshold in THRESHOLDS:
         found = _collapses(settings, views.probe, threshold)
         if sum(choice.last - choice.position for choice in found) == settings.remove:
-            break
-    yield from found
+            yield from found
+            return
+    raise UsageError(
+        f"laco finds no {settings.remove} layers to remove: whatever collapses, the final states turn away",
+        "Lower --ratio, or choose another --method.",
+    )
 
 
 def _collapses(settings: Settings, probe: Trajectory, threshold: float) -> list[Choice]:

@@ -13,6 +13,8 @@ from safetensors.torch import load_file
 from torch.nn import functional
 from transformers import AutoModelForCausalLM
 
+from mka_export.errors import UsageError
+from mka_export.merge import choose
 from mka_export.merge.stage import PROBE_WINDOWS
 
 IDS = torch.from_numpy(WINDOWS)
@@ -116,6 +118,12 @@ def test_laco_adds_the_differences(pico_llama, tmp_path):
                 tensor += before[name.replace(f".{first}.", f".{layer}.", 1)] - before[name]
             found = after[name.replace(f".{first}.", f".{position}.", 1)]
             torch.testing.assert_close(found, tensor, rtol=1e-4, atol=1e-5)
+
+
+def test_laco_says_that_nothing_collapses(pico_llama, tmp_path, monkeypatch):
+    monkeypatch.setattr(choose, "THRESHOLDS", [1.0])  # no cosine is above it
+    with pytest.raises(UsageError, match="laco finds no 2 layers"):
+        shallow(pico_llama, tmp_path / "out", "laco")
 
 
 def test_replaceme_folds_the_least_squares_map_into_down_proj(pico_llama, model, boundaries, tmp_path):
