@@ -14,16 +14,16 @@ import click
 import numpy as np
 
 from mka_export.inputs import CALIBRATION_WINDOW, read_texts, windows_of
-from mka_export.merge.choose import Settings
 from mka_export.merge.methods import METHODS
-from mka_export.merge.stage import layers_to_remove, merge_stage
+from mka_export.merge.stage import merge_stage
 from mka_export.models.checkpoint import Checkpoint
 from mka_export.models.runner import LayerRunner
 from mka_export.models.sources import cache_folder, fetch, resolve
 from mka_export.models.tokenizer import load_tokenizer
-from mka_export.options import TextOptions, options
+from mka_export.options import MergeOptions, TextOptions, options
 from mka_export.parity.runtimes.torch_runtime import TorchRuntime
 from mka_export.parity.statistics import bootstrap_means, perplexity
+from mka_export.pipeline.export import merge_settings
 from mka_export.progress import Progress
 
 
@@ -58,11 +58,10 @@ def main(
     print(f"{'original':10} {0:7}  {original.num_layers:6}  {value:9.2f} ± {error:4.1f}", flush=True)
     for ratio in map(float, ratios.split(",")):
         for method in METHODS if methods == "all" else methods.split(","):
-            protected = METHODS[method].protect if protect is None else protect
-            remove = layers_to_remove(ratio, original.num_layers, protected)
+            chosen = MergeOptions(ratio=ratio, method=method, measure=measure, schedule=schedule, protect=protect)
+            settings = merge_settings(chosen, original.num_layers)
             with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryDirectory() as pieces:
                 start = time.monotonic()
-                settings = Settings(remove, method, measure, schedule, protected, None)
                 folders = Path(folder), Path(pieces)
                 merge_stage(LayerRunner(original), calibration.ids, calibration.describe(), settings, *folders, quiet)
                 seconds = time.monotonic() - start
@@ -70,8 +69,8 @@ def main(
             value, error = perplexity(merged)
             (gap,) = bootstrap_means((merged - dense).mean(axis=1, keepdims=True))
             factor = gap.exp()
-            left = original.num_layers - remove
-            row = f"{method:10} {remove:7}  {left:6}  {value:9.2f} ± {error:4.1f}"
+            left = original.num_layers - settings.remove
+            row = f"{method:10} {settings.remove:7}  {left:6}  {value:9.2f} ± {error:4.1f}"
             print(f"{row}  {factor.value:7.3f} ({factor.low:.3f} to {factor.high:.3f})  {seconds:7.0f}", flush=True)
 
 

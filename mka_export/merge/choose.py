@@ -6,7 +6,6 @@ is a merge too, of which only the lowest layer's weights are left; so no way to 
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from mka_export.errors import UsageError
+from mka_export.merge.measures import MEASURES
 from mka_export.merge.similarity import Similarities
 from mka_export.merge.trajectory import Trajectory
 
@@ -86,7 +86,6 @@ def similar_pairs(settings: Settings, views: Views) -> Iterator[Choice]:
     Raises:
         UsageError: there are not as many pairs as are to be merged.
     """
-    similarities = views.similarities.neighbours()
     left = _pairs(settings, views.probe)
     if settings.remove > len(left):
         raise UsageError(
@@ -105,6 +104,7 @@ def similar_pairs(settings: Settings, views: Views) -> Iterator[Choice]:
             best = max(_pairs(settings, views.probe), key=similarities.__getitem__)
             yield choice(best, similarities[best])
     else:
+        similarities = views.similarities.neighbours()
         order = sorted(left, key=similarities.__getitem__, reverse=True)
         # Bottom up, so that each merge sees the stream as the merges below it leave it; every one
         # moves the positions above it down by one.
@@ -178,8 +178,9 @@ def collapsible(settings: Settings, views: Views) -> Iterator[Choice]:
     Raises:
         UsageError: there is none.
     """
+    likenesses: dict[tuple[tuple[int, int], ...], float] = {}
     for threshold in THRESHOLDS:
-        found = _collapses(settings, views.probe, threshold)
+        found = _collapses(settings, views.probe, threshold, likenesses)
         if sum(choice.last - choice.position for choice in found) == settings.remove:
             yield from found
             return
@@ -189,10 +190,16 @@ def collapsible(settings: Settings, views: Views) -> Iterator[Choice]:
     )
 
 
-def _collapses(settings: Settings, probe: Trajectory, threshold: float) -> list[Choice]:
-    """Return what collapses at a threshold, until enough layers are gone."""
+def _collapses(
+    settings: Settings, probe: Trajectory, threshold: float, likenesses: dict[tuple[tuple[int, int], ...], float]
+) -> list[Choice]:
+    """Return what collapses at a threshold, until enough layers are gone.
+
+    Args:
+        likenesses: places of the runs that collapse -> what was found to come of it, for other thresholds too.
+    """
     layers = [Counter({i: 1.0}) for i in range(len(probe.layers))]  # each a sum of original layers, so many times each
-    original = probe.outcome(0, [(i, partial(probe.weights, i)) for i in range(len(layers))])
+    original = probe.outcome(len(layers), ())
     found: list[Choice] = []
     left, place = settings.remove, len(layers) - COLLAPSED
     while left and place >= settings.protect:
@@ -201,9 +208,11 @@ def _collapses(settings: Settings, probe: Trajectory, threshold: float) -> list[
         for layer in layers[place + 1 : last + 1]:
             run.update(layer)
         tried = [run, *layers[last + 1 :]]
-        outcome = probe.outcome(place, [(min(layer), partial(_sum, probe, layer)) for layer in tried])
-        likeness = float(functional.cosine_similarity(outcome, original, dim=-1).mean())
-        if likeness > threshold:
+        runs = (*((choice.position, choice.last) for choice in found), (place, last))
+        if runs not in likenesses:
+            outcome = probe.outcome(place, [(min(layer), partial(_sum, probe, layer)) for layer in tried])
+            likenesses[runs] = float(functional.cosine_similarity(outcome, original, dim=-1).mean())
+        if (likeness := likenesses[runs]) > threshold:
             layers[place:] = tried
             found.append(Choice(place, last, likeness))
             left -= last - place
@@ -245,13 +254,13 @@ def _cosine(trajectory: Trajectory, one: int, other: int) -> float:
 
 def _angular(trajectory: Trajectory, one: int, other: int) -> float:
     """Return 1 − angle / π between the states of the windows' last tokens at two boundaries."""
-    last = [
-        torch.stack([trajectory.before(boundary, batch)[:, -1] for boundary in (one, other)])
-        for batch in trajectory.batches()
-    ]
-    before, after = torch.cat(last, dim=1)
-    cosine = functional.cosine_similarity(before, after, dim=-1).clamp(-1.0, 1.0)
-    return 1.0 - float(cosine.arccos().mean()) / math.pi
+    windows, tokens = trajectory.ids.shape
+    last = torch.stack([torch.arange(windows), torch.full((windows,), tokens - 1)])
+    measure = MEASURES["angular"]
+    before, after = (
+        measure.keep(trajectory.nodes_after(boundary - 1, last).double().numpy()) for boundary in (one, other)
+    )
+    return measure.compare(before, after)
 
 
 def _loss(trajectory: Trajectory, states: Tensor) -> float:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mka_export.merge.fit_tokens import FIT_TOKENS, ROWS, FitTokens, attention_names, normed, refuse_biases
+from mka_export.merge.fit_tokens import FIT_TOKENS, ROWS, FitTokens, attention_names, normed
 from mka_export.merge.fuse import FLOAT, Fused
 from mka_export.merge.ridge import ridge, ridge_values
 from mka_export.merge.states import StatesFile
@@ -37,7 +37,6 @@ def compete(trajectory: Trajectory, position: int, last: int, alpha: float) -> t
     ``alpha`` plays no part: the data say how many neurons each layer keeps. See docs/method.md.
     """
     roles = trajectory.runner.checkpoint.architecture.layer
-    refuse_biases(trajectory, position)
     tokens = FitTokens(trajectory, position, last, relative=True)
 
     places, name = (position, last), roles["down"]

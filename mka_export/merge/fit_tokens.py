@@ -17,22 +17,17 @@ ROWS = ("gate", "up")  # the roles that read the stream
 
 
 def attention_names(trajectory: Trajectory, position: int) -> list[str]:
-    """Return the names of all a layer's tensors but the MLP's."""
-    checkpoint = trajectory.runner.checkpoint
-    found = checkpoint.layer(trajectory.layers[position].first)
-    return [name for name in found if not name.startswith(checkpoint.architecture.mlp + ".")]
-
-
-def refuse_biases(trajectory: Trajectory, position: int) -> None:
-    """Check that an MLP is what the fits are written for.
+    """Return the names of all a layer's tensors but the MLP's.
 
     Raises:
-        UnsupportedError: it has biases.
+        UnsupportedError: the MLP has biases, which the fits are not written for.
     """
     checkpoint = trajectory.runner.checkpoint
-    found = checkpoint.layer(trajectory.layers[position].first)
-    if any(name.startswith(checkpoint.architecture.mlp + ".") and name.endswith(".bias") for name in found):
+    mlp, found = checkpoint.architecture.mlp + ".", checkpoint.layer_names(trajectory.layers[position].first)
+    names = [checkpoint.architecture.split(name)[1] for name in found]
+    if any(name.startswith(mlp) and name.endswith(".bias") for name in names):
         raise UnsupportedError("neurons with biases cannot be fitted", "Use --method mka-paper.")
+    return [name for name in names if not name.startswith(mlp)]
 
 
 def normed(trajectory: Trajectory, position: int, name: str) -> Tensor:

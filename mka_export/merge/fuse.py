@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from mka_export.errors import UnsupportedError
-from mka_export.merge.fit_tokens import FIT_TOKENS, ROWS, FitTokens, normed, refuse_biases
+from mka_export.merge.fit_tokens import FIT_TOKENS, ROWS, FitTokens, normed
 from mka_export.merge.ridge import ridge, ridge_values
 from mka_export.merge.trajectory import Trajectory
 from mka_export.models.outline import Outline
@@ -42,7 +42,8 @@ def average(trajectory: Trajectory, position: int, last: int, alpha: float) -> t
     Raises:
         UnsupportedError: the two layers do not have the same tensors.
     """
-    lower, upper = _like(trajectory, position, last)
+    lower = trajectory.weights(position)
+    upper = _like(lower, trajectory, position, last)
     return {name: torch.lerp(upper[name], lower[name], alpha) for name in lower}, {}
 
 
@@ -52,18 +53,20 @@ def collapse(trajectory: Trajectory, position: int, last: int, alpha: float) -> 
     Raises:
         UnsupportedError: the layers do not have the same tensors.
     """
-    total = trajectory.weights(position)
+    lower, total = trajectory.weights(position), trajectory.weights(position)
     for place in range(position + 1, last + 1):
-        lower, upper = _like(trajectory, position, place)
-        total = {name: total[name].add_(upper[name]).sub_(lower[name]) for name in total}
+        upper = _like(lower, trajectory, position, place)
+        for name, tensor in total.items():
+            tensor.add_(upper[name]).sub_(lower[name])
     return total, {}
 
 
-def _like(trajectory: Trajectory, position: int, place: int) -> tuple[Fused, Fused]:
-    lower, upper = trajectory.weights(position), trajectory.weights(place)
+def _like(lower: Fused, trajectory: Trajectory, position: int, place: int) -> Fused:
+    """Return the weights of the layer at ``place``, which has the tensors of the one at ``position``."""
+    upper = trajectory.weights(place)
     if lower.keys() != upper.keys() or any(lower[n].shape != upper[n].shape for n in lower):
         raise UnsupportedError(f"layers {position} and {place} have different tensors", "They cannot be added.")
-    return lower, upper
+    return upper
 
 
 def map_bytes(model: Outline, tokens: int) -> int:
@@ -78,7 +81,6 @@ def linear_map(trajectory: Trajectory, position: int, last: int, alpha: float) -
     The map T minimises ‖M T + R − Y‖²: M the MLP's output, R the stream that it is added to, Y the original's stream
     after the last layer. It is folded into ``down_proj``.
     """
-    refuse_biases(trajectory, position)
     roles = trajectory.runner.checkpoint.architecture.layer
     tokens = FitTokens(trajectory, position, last, relative=False)
     gate, up = (normed(trajectory, position, roles[role]) for role in ROWS)

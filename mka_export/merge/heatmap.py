@@ -43,7 +43,7 @@ def draw_measures(matrices: Mapping[str, Matrix], paths: Sequence[Path]) -> None
     columns = min(3, len(matrices))
     rows = -(-len(matrices) // columns)
     figure = _figure(5.2 * columns, 4.9 * rows)
-    places = np.atleast_1d(figure.subplots(rows, columns, squeeze=False)).ravel()
+    places = figure.subplots(rows, columns, squeeze=False).ravel()
     for place in places[len(matrices) :]:
         place.set_axis_off()
     for place, (name, matrix) in zip(places, matrices.items(), strict=False):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -33,38 +34,32 @@ class Similarities:
         chosen = np.sort(np.random.default_rng(0).choice(windows * (tokens - 1), count, replace=False))
         self._nodes = torch.from_numpy(np.stack(np.divmod(chosen, tokens - 1))) + torch.tensor([[0], [1]])
 
-    def neighbours(self, task: Task | None = None) -> list[float]:
+    def neighbours(self) -> list[float]:
         """S of each layer and the next."""
-        self._complete(task)
-        return [self._compare(i, i + 1) for i in range(self._known - 1)]
+        return [self._measure.compare(one, other) for one, other in pairwise(self._kept())]
 
     def matrix(self, task: Task | None = None) -> NDArray[np.float64]:
         """S of every two layers: (layers, layers), symmetric, ones on the diagonal."""
-        self._complete(task)
-        matrix = np.eye(self._known)
-        for i in range(self._known):
-            for j in range(i):
-                matrix[i, j] = matrix[j, i] = self._compare(j, i)
+        kept = self._kept(task)
+        matrix = np.eye(len(kept))
+        for i, upper in enumerate(kept):
+            for j, lower in enumerate(kept[:i]):
+                matrix[i, j] = matrix[j, i] = self._measure.compare(lower, upper)
         return matrix
 
     def forget(self, position: int) -> None:
         """Follow a merge: the layers from ``position`` on have changed."""
         self._known = min(self._known, position)
 
-    def _complete(self, task: Task | None) -> None:
+    def _kept(self, task: Task | None = None) -> list[Kept]:
+        """Return what is kept of every layer: maps of files, not in memory however many layers there are."""
         for position in range(self._known, len(self.probe.layers)):
             states = self.probe.nodes_after(position, self._nodes).double().numpy()
             np.save(self._file(position), self._measure.keep(states))
             if task is not None:
                 task.advance()
         self._known = len(self.probe.layers)
-
-    def _compare(self, one: int, other: int) -> float:
-        return self._measure.compare(self._kept(one), self._kept(other))
-
-    def _kept(self, position: int) -> Kept:
-        kept: Kept = np.load(self._file(position), mmap_mode="r")  # not in memory, however many layers there are
-        return kept
+        return [np.load(self._file(position), mmap_mode="r") for position in range(self._known)]
 
     def _file(self, position: int) -> Path:
         return self.probe.folder / f"{self._name}-{position}.npy"

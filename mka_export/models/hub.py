@@ -18,7 +18,7 @@ from huggingface_hub.errors import (  # type: ignore[attr-defined]
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
-from huggingface_hub.utils import filter_repo_objects  # type: ignore[attr-defined]
+from huggingface_hub.utils import filter_repo_objects  # type: ignore[attr-defined]  # re-exported without saying so
 
 from mka_export.errors import MkaError, SourceError
 from mka_export.models.checkpoint import CONFIG, INDEX, LICENCE_FILES, TOKENIZER_FILES, Checkpoint, read_config

@@ -131,6 +131,7 @@ def similarity(
             raise UsageError(unknown_name("--measure", name, MEASURES))
     chosen = list(dict.fromkeys(measures or MEASURES))
     job = Job(model, texts, device, output, f"{stem(model)}-similarity")
+    job.spare_the_model(SIMILARITIES)
     assert job.out is not None
     with Workspace(job.out, job.progress) as workspace:
         job.open()

@@ -36,6 +36,18 @@ MERGED, CALIBRATION, PARITY = "merged", "calibration", "parity"  # stage folders
 ARTIFACT, RESULT, REPORT = "artifact.json", "parity.json", "report.json"
 
 
+def merge_settings(options: MergeOptions, layers: int) -> Settings:
+    """Return what decides a merge of a model with so many layers, by its ratio.
+
+    Raises:
+        UsageError: the ratio does not fit the model.
+    """
+    assert options.ratio is not None
+    protect = METHODS[options.method].protect if options.protect is None else options.protect
+    remove = layers_to_remove(options.ratio, layers, protect)
+    return Settings(remove, options.method, options.measure, options.schedule, protect, options.alpha)
+
+
 class Export(Job):
     """A job with an output folder: merge and convert, stage by stage.
 
@@ -63,19 +75,8 @@ class Export(Job):
     ) -> None:
         super().__init__(model, texts, device, output, f"{stem(model)}-{suffix}")
         self.planned, self.targets = merge, targets
-        self._spare_the_model()
+        self.spare_the_model(MERGED if merge else CALIBRATION, *(target.name for target in targets))
         self._merge_report: dict[str, Any] | None = None
-
-    def _spare_the_model(self) -> None:
-        """Check that publishing a stage will not replace the folder that the model comes from."""
-        assert self.out is not None
-        model = Path(self.source.id)
-        for stage in (MERGED if self.planned else CALIBRATION, *(target.name for target in self.targets)):
-            folder = (self.out / stage).resolve()
-            if self.source.kind in ("directory", "gguf") and folder in (model, *model.parents):
-                raise UsageError(
-                    f"{folder} would be replaced, and holds the model {self.source.name}", "Choose another --out."
-                )
 
     def __enter__(self) -> Export:
         assert self.out is not None
@@ -173,10 +174,7 @@ class Export(Job):
 
     def _settings(self, options: MergeOptions, family: str, layers: int) -> Settings | Plan:
         if options.plan is None:
-            assert options.ratio is not None
-            protect = METHODS[options.method].protect if options.protect is None else options.protect
-            remove = layers_to_remove(options.ratio, layers, protect)
-            return Settings(remove, options.method, options.measure, options.schedule, protect, options.alpha)
+            return merge_settings(options, layers)
         plan = read_plan(options.plan)
         if (plan.model["architecture"], plan.model["layers"]) != (family, layers):
             raise UsageError(

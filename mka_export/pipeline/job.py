@@ -87,6 +87,21 @@ class Job:
         self.prompts = [([] if leading is None else [leading]) + text_ids(tokenizer, p) for p in sample_prompts()]
         self._tokenizer = tokenizer
 
+    def spare_the_model(self, *stages: str) -> None:
+        """Check that publishing stages will not replace the folder that the model comes from.
+
+        Raises:
+            UsageError: one would.
+        """
+        assert self.out is not None
+        model = Path(self.source.id)
+        for stage in stages:
+            folder = (self.out / stage).resolve()
+            if self.source.kind in ("directory", "gguf") and folder in (model, *model.parents):
+                raise UsageError(
+                    f"{folder} would be replaced, and holds the model {self.source.name}", "Choose another --out."
+                )
+
     def about(self) -> dict[str, Any]:
         """Return what was worked on, and with what, for the manifest."""
         return {"model": self.source.name, "source": dict(self.provenance), "tool": versions(*PACKAGES)}

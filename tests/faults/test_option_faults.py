@@ -101,6 +101,17 @@ def test_refused_result_in_place_of_the_model(place, published, tmp_path):
     assert contents(out) == before
 
 
+def test_refused_picture_in_place_of_the_model(published, tmp_path):
+    """the similarity of the layers would take the place of the model"""
+    out = Path(shutil.copytree(published, tmp_path / "out"))
+    model = (out / "merged").rename(out / "similarity")
+    before = contents(out)
+    result = type_in("similarity", model, "--out", out, *SMALL, "--quiet")
+    assert result.exit_code == 2
+    assert f"{model} would be replaced, and holds the model {model}" in result.stderr
+    assert contents(out) == before
+
+
 def test_refused_pickle_folder(model, tmp_path, refused):
     """the model is a folder without a model"""
     folder = Path(shutil.copytree(model, tmp_path / "empty"))

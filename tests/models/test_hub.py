@@ -164,7 +164,7 @@ def test_a_full_disk_is_not_called_a_network_fault(fake_hub: FakeHub, tmp_path: 
 
 OFFLINE = [
     hub_errors.OfflineModeIsEnabled("offline"),
-    hub_errors.HTTPError("connection refused"),  # type: ignore[attr-defined]
+    hub_errors.HTTPError("connection refused"),  # type: ignore[attr-defined]  # httpx's, re-exported
     http_error(hub_errors.HfHubHTTPError, 503),
 ]
 
