@@ -14,6 +14,7 @@ from mka_export import __version__
 from mka_export.errors import MkaError, out_of_memory, printable
 from mka_export.interrupt import obeyed
 from mka_export.options import (
+    CompareOptions,
     ConvertOptions,
     DeviceOptions,
     LimitOptions,
@@ -121,6 +122,16 @@ def similarity(model: str, **groups: Any) -> None:
     from mka_export import pipeline
 
     sys.exit(pipeline.similarity(model, **groups))
+
+
+@main.command()
+@click.argument("model")
+@options(chosen=CompareOptions, texts=TextOptions, device=DeviceOptions, output=OutputOptions)
+def compare(model: str, **groups: Any) -> None:
+    """Merge MODEL by every method at several ratios, and measure all on the same tokens; prints a table."""
+    from mka_export.pipeline.compare import compare as side_by_side
+
+    sys.exit(side_by_side(model, **groups))
 
 
 @main.command(epilog=EPILOG)

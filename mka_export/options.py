@@ -81,6 +81,24 @@ class MergeOptions:
 
 
 @dataclass(frozen=True)
+class CompareOptions:
+    """Which merges to compare."""
+
+    ratios: str = option("0.1,0.2,0.3,0.4", "Shares of layers to remove, with commas between.", type=str)
+    methods: str = option(
+        "all",
+        "Methods as in --method, with commas between, on another schedule as mka-paper:one-shot; or all.",
+        type=str,
+    )
+    measure: str = option("npib", "Which layers are alike, for methods that compare them by a measure.", type=str)
+    protect: int | None = option(
+        None,
+        "Early layers that take no part. Default: 4 with mka and mka-paper, else 0.",
+        type=click.IntRange(min=0),
+    )
+
+
+@dataclass(frozen=True)
 class ConvertOptions:
     """What to make."""
 

@@ -106,7 +106,7 @@ class Workspace:
             if final.exists():
                 self.progress.say(f"{name}: made again, because {why}")
             start = time.monotonic()
-            pieces = _pieces(final, inputs)
+            pieces = kept_pieces(final, inputs)
             with publish_folder(final) as folder:
                 try:
                     make(folder, pieces)
@@ -271,8 +271,8 @@ def _existing(final: Path, name: str, inputs: Mapping[str, Any]) -> tuple[Stage 
     return Stage(name, final, record["seconds"], True, record["files"]), ""
 
 
-def _pieces(final: Path, inputs: Mapping[str, Any]) -> Path:
-    """Return the folder of finished pieces of a stage, emptied if it is of other inputs."""
+def kept_pieces(final: Path, inputs: Mapping[str, Any]) -> Path:
+    """Return the folder of finished pieces of a stage, or of several, emptied if it is of other inputs (JSON values)."""
     folder, record = pieces_folder(final), "inputs.json"
     try:
         same = load_json(folder / record) == inputs

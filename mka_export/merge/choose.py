@@ -17,8 +17,8 @@ from torch.nn import functional
 
 from mka_export.errors import UsageError
 from mka_export.merge.measures import MEASURES
-from mka_export.merge.similarity import Similarities
 from mka_export.merge.trajectory import Trajectory
+from mka_export.merge.views import Views
 
 MASSIVE = 5.0  # times the stream before
 COLLAPSED, COLLAPSE_INTERVAL = 4, 2  # LaCo's settings for 32 layers
@@ -63,21 +63,6 @@ class Choice:
     last: int
     similarity: float | None = None
     alpha: float = 1.0
-
-
-@dataclass(frozen=True)
-class Views:
-    """What a choice may look at.
-
-    Attributes:
-        everything: the model under merge on all calibration windows.
-        probe: the same on some of them.
-        similarities: of the layers, on the probe.
-    """
-
-    everything: Trajectory
-    probe: Trajectory
-    similarities: Similarities
 
 
 def similar_pairs(settings: Settings, views: Views) -> Iterator[Choice]:

@@ -6,9 +6,10 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from mka_export.merge import choose, fuse
-from mka_export.merge.choose import Choice, Settings, Views
+from mka_export.merge.choose import Choice, Settings
 from mka_export.merge.compete import compete, competition_bytes
 from mka_export.merge.fuse import Fuse
+from mka_export.merge.views import Views
 from mka_export.models.outline import Outline
 
 
@@ -32,6 +33,10 @@ class Method:
     def measured(self) -> bool:
         """It compares layers by ``--measure``, on a ``--schedule``."""
         return self.choose is choose.similar_pairs
+
+    def stepwise(self, schedule: str) -> bool:
+        """Each merge takes one layer away, and follows from those before it, however many are to come."""
+        return self.choose is choose.least_loss or (self.measured and schedule == "iterative")
 
 
 METHODS = {

@@ -7,7 +7,7 @@ import math
 from mka_export.merge.compete import SELECTION_TOKENS
 from mka_export.merge.fuse import FLOAT
 from mka_export.merge.methods import METHODS
-from mka_export.merge.stage import PROBE_WINDOWS
+from mka_export.merge.views import PROBE_WINDOWS
 from mka_export.models.checkpoint import SHARD_BYTES
 from mka_export.models.outline import Outline
 from mka_export.models.runner import layer_pass_bytes

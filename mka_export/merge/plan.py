@@ -123,7 +123,7 @@ def _plan(data: Mapping[str, Any]) -> Plan:
         raise ValueError(f"protect = {protect} is negative")
     if (measure := value_of(data, "measure", str)) not in MEASURES:
         raise ValueError(unknown_name("measure", measure, MEASURES))
-    steps = [_step(step) for step in value_of(data, "steps", list)]
+    steps = [step_from(step) for step in value_of(data, "steps", list)]
     if not steps:
         raise ValueError("it merges nothing")
     calibration, schedule = value_of(data, "calibration", dict), value_of(data, "schedule", str)
@@ -132,7 +132,12 @@ def _plan(data: Mapping[str, Any]) -> Plan:
     return plan
 
 
-def _step(data: object) -> Step:
+def step_from(data: object) -> Step:
+    """Return a step as it stands in a file.
+
+    Raises:
+        ValueError: it is none.
+    """
     if not isinstance(data, dict):
         raise ValueError(f"the step {data!r} is no table")
     lower, upper = (value_of(data, key, list) for key in ("lower", "upper"))

@@ -152,8 +152,8 @@ class Export(Job):
         }
 
         def make(folder: Path, pieces: Path) -> None:
-            calibration = self.calibration
-            merge_stage(self.runner, calibration.ids, calibration.describe(), settings, folder, pieces, self.progress)
+            windows = self.calibration
+            merge_stage(self.runner, windows.ids, windows.describe(), settings, folder, pieces, self.progress)
 
         stage = self.workspace.stage(MERGED, inputs, make)
         plan = read_json(stage.path / PLAN)

@@ -43,7 +43,7 @@ def valid_report(report: dict[str, Any]) -> dict[str, Any]:
         MkaError: it does not follow the schema; the message names the first place.
     """
     lost = [f"{'.'.join(map(str, where))} was {value}: written as null" for where, value in _not_finite(report, ())]
-    valid: dict[str, Any] = _with_nulls(report)
+    valid: dict[str, Any] = with_nulls(report)
     if lost:
         valid["warnings"] = [*valid.get("warnings", ()), *lost]
     if (error := best_match(_validator().iter_errors(valid))) is not None:
@@ -71,9 +71,10 @@ def _not_finite(value: object, where: tuple[object, ...]) -> Iterator[tuple[tupl
         yield from _not_finite(inner, (*where, key))
 
 
-def _with_nulls(value: Any) -> Any:
+def with_nulls(value: Any) -> Any:
+    """Return ``value`` as JSON can hold it: null for NaN and infinity."""
     if isinstance(value, dict):
-        return {key: _with_nulls(inner) for key, inner in value.items()}
+        return {key: with_nulls(inner) for key, inner in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_with_nulls(inner) for inner in value]
+        return [with_nulls(inner) for inner in value]
     return None if _is_lost(value) else value

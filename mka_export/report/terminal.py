@@ -56,13 +56,13 @@ def _about_the_model(report: Mapping[str, Any]) -> Iterator[str]:
         calibration = merge["calibration"]
         yield (
             f"Merge     {merge['layers_before']} → {merge['layers_after']} layers by {merge['method']}, measure "
-            f"{merge['measure']}, calibrated on {calibration['tokens']:,} tokens of {_text(calibration['source'])}"
+            f"{merge['measure']}, calibrated on {calibration['tokens']:,} tokens of {text_source(calibration['source'])}"
         )
         if spans := merge.get("layers"):
             yield f"Layers    {_spans(spans)}"
     yield (
         f"Measured  on {evaluation['windows']} windows of {evaluation['window_tokens']} tokens of "
-        f"{_text(evaluation['text'])} ({evaluation['tokens']:,} predictions)"
+        f"{text_source(evaluation['text'])} ({evaluation['tokens']:,} predictions)"
     )
 
 
@@ -119,23 +119,23 @@ def _about_the_artifact(artifact: Mapping[str, Any]) -> Iterator[str]:
 def _steps(steps: list[Mapping[str, Any]]) -> Table:
     table = _table("Step by step", "perplexity", "bits a byte", "measured in")
     for step in steps:
-        perplexity = _number(step["perplexity"])
+        perplexity = number(step["perplexity"])
         if step["perplexity_se"] is not None:
-            perplexity += f" ± {_number(step['perplexity_se'], 2)}"
-        table.add_row(step["name"], perplexity, _number(step["bits_per_byte"]), f"{step['runtime']}, {step['device']}")
+            perplexity += f" ± {number(step['perplexity_se'], 2)}"
+        table.add_row(step["name"], perplexity, number(step["bits_per_byte"]), f"{step['runtime']}, {step['device']}")
     return table
 
 
 def _comparisons(comparisons: Mapping[str, Mapping[str, Any]]) -> Table:
     table = _table("95 % intervals", *(f"{kind} against {c['against']}" for kind, c in comparisons.items()))
     kinds = list(comparisons.values())
-    table.add_row("perplexity ratio", *(_interval(c["ppl_ratio"]) + _judged(c, "ppl_ratio", "≤") for c in kinds))
+    table.add_row("perplexity ratio", *(interval(c["ppl_ratio"]) + _judged(c, "ppl_ratio", "≤") for c in kinds))
     table.add_row(
         "mean KL, nats",
-        *(_interval({**c["kl"], "value": c["kl"]["mean"]}) + _judged(c, "mean_kl", "≤") for c in kinds),
+        *(interval({**c["kl"], "value": c["kl"]["mean"]}) + _judged(c, "mean_kl", "≤") for c in kinds),
     )
-    table.add_row("median, p99 KL", *(Text(f"{_number(c['kl']['median'])}, {_number(c['kl']['p99'])}") for c in kinds))
-    table.add_row("same top token", *(_interval(c["top1"], 100, " %") + _judged(c, "top1", "≥", 100) for c in kinds))
+    table.add_row("median, p99 KL", *(Text(f"{number(c['kl']['median'])}, {number(c['kl']['p99'])}") for c in kinds))
+    table.add_row("same top token", *(interval(c["top1"], 100, " %") + _judged(c, "top1", "≥", 100) for c in kinds))
     table.add_row("verdict", *(Text(c["verdict"], style=COLOURS[c["verdict"]]) for c in kinds))
     return table
 
@@ -179,12 +179,13 @@ def _judged(comparison: Mapping[str, Any], metric: str, sign: str, scale: float 
     return Text()
 
 
-def _interval(interval: Mapping[str, Any], scale: float = 1, unit: str = "") -> Text:
-    value, low, high = (_number(interval[key], 4, scale) for key in ("value", "low", "high"))
+def interval(figure: Mapping[str, Any], scale: float = 1, unit: str = "") -> Text:
+    """Write a figure with its interval, where it has one."""
+    value, low, high = (number(figure[key], 4, scale) for key in ("value", "low", "high"))
     return Text(f"{value}{unit}" if NONE in (low, high) else f"{value}{unit} ({low} to {high})")
 
 
-def _number(value: float | None, digits: int = 4, scale: float = 1) -> str:
+def number(value: float | None, digits: int = 4, scale: float = 1) -> str:
     """Format with ``digits`` significant digits, without an exponent between 0.0001 and a million."""
     if value is None or not math.isfinite(value):
         return NONE
@@ -192,7 +193,8 @@ def _number(value: float | None, digits: int = 4, scale: float = 1) -> str:
     return f"{value:,.0f}" if 10**digits <= abs(value) < 1e6 else f"{value:#.{digits}g}".rstrip(".")
 
 
-def _text(source: str) -> str:
+def text_source(source: str) -> str:
+    """Say where a text is from."""
     return "the embedded text" if source == "embedded" else source
 
 

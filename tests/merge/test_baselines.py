@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from mka_export.errors import UsageError
 from mka_export.merge import choose
-from mka_export.merge.stage import PROBE_WINDOWS
+from mka_export.merge.views import PROBE_WINDOWS
 
 IDS = torch.from_numpy(WINDOWS)
 PROBE = IDS[:: len(IDS) // PROBE_WINDOWS]

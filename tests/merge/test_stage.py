@@ -18,8 +18,9 @@ from mka_export.errors import UsageError
 from mka_export.merge.measures import MEASURES
 from mka_export.merge.methods import METHODS
 from mka_export.merge.plan import read_plan
-from mka_export.merge.stage import PROBE_WINDOWS, layers_to_remove
+from mka_export.merge.stage import layers_to_remove
 from mka_export.merge.trajectory import Trajectory
+from mka_export.merge.views import PROBE_WINDOWS
 from mka_export.models.activations import Activations, calibrate
 from mka_export.models.checkpoint import Checkpoint
 from mka_export.models.runner import LayerRunner

@@ -1,0 +1,293 @@
+"""Methods side by side: every method at every ratio, on the same tokens."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mka_export.errors import UnsupportedError, UsageError, unknown_name
+from mka_export.inputs import CALIBRATION_WINDOW
+from mka_export.memory import PeakMemory
+from mka_export.merge.choose import Settings
+from mka_export.merge.measures import DEFAULT, MEASURES
+from mka_export.merge.methods import METHODS
+from mka_export.merge.needs import merge_need
+from mka_export.merge.stage import PLAN, dense_pass, layers_to_remove, trial
+from mka_export.models.checkpoint import read_json
+from mka_export.models.outline import Outline
+from mka_export.models.runner import NotFinite
+from mka_export.needs import require_room
+from mka_export.options import (
+    ITERATIVE,
+    ONE_SHOT,
+    CompareOptions,
+    DeviceOptions,
+    MergeOptions,
+    OutputOptions,
+    TextOptions,
+)
+from mka_export.parity.comparison import ORIGINAL
+from mka_export.parity.metrics import ARTIFACT, score
+from mka_export.parity.runtimes.torch_runtime import TorchRuntime
+from mka_export.parity.statistics import bootstrap_means, perplexity
+from mka_export.pipeline.export import merge_settings
+from mka_export.pipeline.job import PACKAGES, Job, stem, versions
+from mka_export.pipeline.requests import check_merge
+from mka_export.report import draw_methods, print_methods, with_nulls
+from mka_export.workspace import Workspace, kept_pieces, pieces_folder, write_atomically, write_json
+
+FORMAT = "mka-export/comparison"
+RESULT, COMPARISON, PICTURES = "result.json", "comparison.json", ("comparison.png", "comparison.svg")
+STATES = "states"  # not a stage: what all methods begin with
+OURS = "mka"  # which the others are held against
+
+Means = NDArray[np.float64]  # (windows,): the mean over a window's predicted tokens
+
+
+@dataclasses.dataclass(frozen=True)
+class Contestant:
+    """A method, on a schedule.
+
+    Attributes:
+        name: as it is typed and shown.
+        method: a name in ``METHODS``.
+        schedule: as ``--schedule``.
+    """
+
+    name: str
+    method: str
+    schedule: str
+
+
+ALL = [
+    *(Contestant(name, name, ITERATIVE) for name in METHODS),
+    Contestant("mka-paper:one-shot", "mka-paper", ONE_SHOT),
+]
+
+
+def compare(
+    model: str, chosen: CompareOptions, texts: TextOptions, device: DeviceOptions, output: OutputOptions
+) -> int:
+    """Merge a model by several methods, several ratios each, and measure all in torch; prints table or JSON."""
+    return Compare(model, chosen, texts, device, output).carry_out()
+
+
+class Compare(Job):
+    """A job whose stages are one method at one number of layers each.
+
+    Raises:
+        UsageError: besides what ``Job`` checks, a method or a ratio is none.
+    """
+
+    def __init__(
+        self, model: str, chosen: CompareOptions, texts: TextOptions, device: DeviceOptions, output: OutputOptions
+    ) -> None:
+        self.contestants, self.ratios = _contestants(chosen.methods), _ratios(chosen.ratios)
+        for one in self.contestants:
+            check_merge(MergeOptions(ratio=self.ratios[0], method=one.method, schedule=one.schedule))
+        if chosen.measure not in MEASURES:
+            raise UsageError(unknown_name("--measure", chosen.measure, MEASURES))
+        self.chosen = chosen
+        super().__init__(model, texts, device, output, f"{stem(model)}-compare")
+        self.spare_the_model(ORIGINAL, *(one.name for one in self.contestants))
+
+    def carry_out(self) -> int:
+        """Do all of it; returns the exit code."""
+        assert self.out is not None
+        with Workspace(self.out, self.progress) as self.workspace:
+            self.open()
+            planned = [(one, list(self._settings(one))) for one in self.contestants]
+            self._check_room([settings for _, several in planned for settings in several])
+            original = self._original()
+            rows = [row for one, several in planned for row in self._method(one, several)]
+            shutil.rmtree(pieces_folder(self.workspace.path / STATES), ignore_errors=True)
+            found = self._summary(original, rows)
+            write_atomically(self.workspace.path / COMPARISON, found)
+            draw_methods(found, [self.workspace.path / name for name in PICTURES])
+            self.workspace.write_manifest(self.about())
+        if self.output.json:
+            print(json.dumps(found, indent=2, ensure_ascii=False))
+        else:
+            print_methods(found)
+            print(self.workspace.path)
+        return 0
+
+    def _settings(self, one: Contestant) -> Iterator[Settings]:
+        """Yield what is asked of a method, ratio by ratio; ratios that remove as many layers are one."""
+        removed = set()
+        for ratio in self.ratios:
+            options = MergeOptions(
+                ratio=ratio,
+                method=one.method,
+                measure=self.chosen.measure if METHODS[one.method].measured else DEFAULT,
+                schedule=one.schedule,
+                protect=self.chosen.protect,
+            )
+            settings = merge_settings(options, self.original.num_layers)
+            if settings.remove not in removed:
+                removed.add(settings.remove)
+                yield settings
+
+    def _check_room(self, planned: Sequence[Settings]) -> None:
+        assert self.out is not None
+        outline, tokens = Outline.of_checkpoint(self.original), self.texts.calibration_tokens
+        needs = [merge_need(outline, each.remove, each.method, tokens, CALIBRATION_WINDOW) for each in planned]
+        there = sum(path.stat().st_size for path in self.out.glob(".*.pieces/**/*") if path.is_file())
+        disk = max(need.kept + need.scratch for need in needs) - there
+        require_room(self.out, disk, "comparing the methods", "Free space there, or choose another --out.")
+
+    @property
+    def _states(self) -> Path:
+        """The original's states over the calibration text, computed once for all methods."""
+        inputs = {**self.inputs(self.original), "calibration": self.calibration.sha256}
+        return kept_pieces(self.workspace.path / STATES, inputs)
+
+    def _evaluation(self) -> dict[str, Any]:
+        return {
+            **self.inputs(self.original),
+            "evaluation": [self._text.evaluation.sha256, self.evaluation.sha256],
+            "device": self.device.device,
+        }
+
+    def _original(self) -> Means:
+        def make(folder: Path, pieces: Path) -> None:
+            scores = score(self.evaluation.ids, self.reference, {}, self.progress)
+            write_json(folder / RESULT, {"nll": scores.nll[ARTIFACT].mean(axis=1).tolist()})
+
+        return np.array(read_json(self.workspace.stage(ORIGINAL, self._evaluation(), make).path / RESULT)["nll"])
+
+    def _method(self, one: Contestant, several: Sequence[Settings]) -> Iterator[dict[str, Any]]:
+        """Yield the results of one method, from the lowest ratio to the highest."""
+        folder, calibration = self.workspace.path / one.name, self.calibration
+        for settings in several:
+            inputs = {
+                **self._evaluation(),
+                "calibration": calibration.sha256,
+                "merge": dataclasses.asdict(settings),
+            }
+            layers = self.original.num_layers - settings.remove
+            self.progress.say(f"{one.name}, {layers} layers")
+            same = {**inputs, "merge": {**inputs["merge"], "remove": None}}
+
+            def make(stage: Path, pieces: Path, settings: Settings = settings, same: Mapping[str, Any] = same) -> None:
+                write_json(stage / RESULT, self._try(settings, stage, kept_pieces(folder, same)))
+
+            stage = self.workspace.stage(f"{one.name}/{layers}-layers", inputs, make)
+            yield {"name": one.name, "layers": layers, **read_json(stage.path / RESULT)}
+        shutil.rmtree(pieces_folder(folder), ignore_errors=True)
+
+    def _try(self, settings: Settings, folder: Path, pieces: Path) -> dict[str, Any]:
+        """Merge, measure, and leave only the plan; returns what was found, or why nothing could be."""
+        windows, merged, states = self.calibration, folder / "merged", self._states
+        merged.mkdir()
+        dense_pass(self.runner, windows.ids, states, self.progress)
+        try:
+            with PeakMemory() as peak:
+                plan, seconds = trial(
+                    self.runner, windows.ids, windows.describe(), settings, merged, pieces, states, self.progress
+                )
+            runtime = TorchRuntime(merged, device=self.device.device, progress=self.progress)
+            scores = score(self.evaluation.ids, runtime, {ORIGINAL: self.reference}, self.progress)
+        except (UsageError, UnsupportedError, NotFinite) as error:
+            return {"error": str(error)}
+        finally:
+            shutil.rmtree(merged)
+        write_json(folder / PLAN, plan.to_dict())
+        divergence = scores.divergence[ORIGINAL]
+        values = {"nll": scores.nll[ARTIFACT], "kl": divergence.kl, "top1": divergence.same_top}
+        means = {name: each.mean(axis=1).tolist() for name, each in values.items()}
+        found: dict[str, Any] = with_nulls({"seconds": round(seconds, 2), "peak_memory_bytes": peak.nbytes, **means})
+        return found
+
+    def _summary(self, original: Means, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        """Return all figures with their errors, as they stand in the file."""
+        ours = {row["layers"]: _means(row)["nll"] for row in rows if row["name"] == OURS and "error" not in row}
+        bits = np.log(2) * self.evaluation.bytes_per_token
+        ids = self.evaluation.ids
+        value, error = perplexity(original[:, None])
+        found: dict[str, Any] = with_nulls(
+            {
+                "format": FORMAT,
+                "version": 1,
+                "tool": versions(*PACKAGES),
+                "model": {
+                    "name": self.source.name,
+                    "source": dict(self.provenance),
+                    "layers": self.original.num_layers,
+                },
+                "calibration": self.calibration.describe(),
+                "evaluation": {
+                    "source": self.evaluation.source,
+                    "sha256": self.evaluation.sha256,
+                    "windows": ids.shape[0],
+                    "window_tokens": ids.shape[1],
+                },
+                "original": {"perplexity": value, "perplexity_se": error, "bits_per_byte": original.mean() / bits},
+                "against": OURS,
+                "results": [_figures(row, original, ours.get(row["layers"]), bits) for row in rows],
+            }
+        )
+        return found
+
+
+def _means(row: Mapping[str, Any]) -> dict[str, Means]:
+    return {name: np.array(row[name], dtype=np.float64) for name in ("nll", "kl", "top1")}  # None becomes NaN
+
+
+def _figures(row: Mapping[str, Any], original: Means, ours: Means | None, bits: float) -> dict[str, Any]:
+    """Return one result: figures with 95 % intervals, paired over windows with the original and with our method."""
+    if "error" in row:
+        return dict(row)
+    means = _means(row)
+    nll = means["nll"]
+    value, error = perplexity(nll[:, None])
+    columns = [nll - original, means["kl"], means["top1"], nll - (nll if ours is None else ours)]
+    ratio, kl, top1, against = bootstrap_means(np.stack(columns, axis=1))
+    return {
+        "name": row["name"],
+        "layers": row["layers"],
+        "perplexity": value,
+        "perplexity_se": error,
+        "ppl_ratio": dataclasses.asdict(ratio.exp()),
+        "bits_per_byte": float(nll.mean()) / bits,
+        "mean_kl": dataclasses.asdict(kl),
+        "top1": dataclasses.asdict(top1),
+        "ppl_against": None if ours is None or row["name"] == OURS else dataclasses.asdict(against.exp()),
+        "seconds": row["seconds"],
+        "peak_memory_bytes": row["peak_memory_bytes"],
+    }
+
+
+def _contestants(names: str) -> list[Contestant]:
+    known = {one.name: one for one in ALL}
+    if names == "all":
+        return ALL
+    found = []
+    for name in dict.fromkeys(part.strip() for part in names.split(",")):
+        method, _, schedule = name.partition(":")
+        if method not in METHODS or schedule not in ("", ITERATIVE, ONE_SHOT):
+            raise UsageError(unknown_name("--methods", name, known))
+        found.append(Contestant(name, method, schedule or ITERATIVE))
+    return found
+
+
+def _ratios(text: str) -> list[float]:
+    """Return the ratios of ``--ratios``, ascending: a method that goes on from its last merge goes on here.
+
+    Raises:
+        UsageError: one is none.
+    """
+    try:
+        ratios = sorted(map(float, text.split(",")))
+    except ValueError:
+        raise UsageError(f"--ratios {text}: they are numbers with commas between", "For example 0.1,0.2.") from None
+    for ratio in ratios:
+        layers_to_remove(ratio, 10**6, 0)
+    return ratios
