@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,11 +12,14 @@ from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
 from mka_export.errors import UsageError
+from mka_export.models.dataset import PREFIX
 from mka_export.models.text import Text, even_windows, load_text, shared_ngrams
 from mka_export.models.tokenizer import leading_id, text_ids
 from mka_export.options import TextOptions
 
 CALIBRATION_WINDOW = 512
+SELF = "self"  # --calibration: text sampled from the model
+CHARACTERS = 8  # of a hub dataset, read for each calibration token: a token has about four
 # Of the evaluation text's 13-word runs: set phrases recur in honest splits (5 of 241 000 between WikiText-2's
 # validation and test splits), a text that holds a part of the other has far more.
 MAX_SHARED = 0.001
@@ -23,9 +27,14 @@ MAX_SHARED = 0.001
 
 @dataclass(frozen=True)
 class Texts:
-    """Calibration and evaluation text, known to be disjoint."""
+    """The texts of a job.
 
-    calibration: Text
+    Attributes:
+        calibration: None where it is still to be fetched, or sampled from the model.
+        evaluation: known to share no more with it than chance makes.
+    """
+
+    calibration: Text | None
     evaluation: Text
 
 
@@ -54,21 +63,33 @@ class Windows:
 
 
 def read_texts(options: TextOptions) -> Texts:
-    """Read both texts.
+    """Read the texts that are on this machine.
 
     Raises:
         UsageError: they overlap.
         MkaError: one cannot be read.
     """
-    texts = Texts(load_text("calibration", options.calibration), load_text("evaluation", options.text))
-    shared = shared_ngrams(texts.calibration, texts.evaluation)
-    if shared > MAX_SHARED * len(texts.evaluation.ngrams):
+    where, evaluation = options.calibration, load_text("evaluation", options.text)
+    if where is not None and (where == SELF or where.startswith(PREFIX)):
+        return Texts(None, evaluation)
+    calibration = load_text("calibration", None if where is None else Path(where))
+    require_disjoint(calibration, evaluation)
+    return Texts(calibration, evaluation)
+
+
+def require_disjoint(calibration: Text, evaluation: Text) -> None:
+    """Check that a model will not be judged by what it was fitted to.
+
+    Raises:
+        UsageError: the texts overlap.
+    """
+    shared = shared_ngrams(calibration, evaluation)
+    if shared > MAX_SHARED * len(evaluation.ngrams):
         raise UsageError(
-            f"calibration text ({texts.calibration.source}) and evaluation text ({texts.evaluation.source}) share "
-            f"{shared} runs of 13 words",
+            f"calibration text ({calibration.source}) and evaluation text ({evaluation.source}) share {shared} runs of "
+            "13 words",
             "A model must not be judged by text it was fitted to: give another --text or --calibration.",
         )
-    return texts
 
 
 def windows_of(

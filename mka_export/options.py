@@ -37,8 +37,11 @@ def option(default: Any, help: str, **click_arguments: Any) -> Any:
 class TextOptions:
     """Which text the model is looked at with, and which it is judged by."""
 
-    calibration: Path | None = option(
-        None, "Text file to calibrate with, UTF-8. Default: the embedded text.", type=FILE
+    calibration: str | None = option(
+        None,
+        "Text to calibrate with: a UTF-8 file, hub:NAME[:CONFIG[:SPLIT]] for a dataset of the hub, or self for text "
+        "sampled from MODEL. Default: the embedded text.",
+        type=str,
     )
     calibration_tokens: int = option(8192, "Tokens of it to use, in windows of 512.", type=click.IntRange(min=512))
     text: Path | None = option(None, "Text file to evaluate on, UTF-8. Default: the embedded text.", type=FILE)

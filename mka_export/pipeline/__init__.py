@@ -24,7 +24,7 @@ from mka_export.options import (
     TextOptions,
 )
 from mka_export.pipeline.export import REPORT, Export
-from mka_export.pipeline.job import Job, stem
+from mka_export.pipeline.job import SAMPLED, Job, stem
 from mka_export.pipeline.machine import examine
 from mka_export.pipeline.requests import check_merge, given_limits, load_targets
 from mka_export.report import print_forecast, print_machine, write_report
@@ -131,9 +131,9 @@ def similarity(
             raise UsageError(unknown_name("--measure", name, MEASURES))
     chosen = list(dict.fromkeys(measures or MEASURES))
     job = Job(model, texts, device, output, f"{stem(model)}-similarity")
-    job.spare_the_model(SIMILARITIES)
+    job.spare_the_model(SAMPLED, SIMILARITIES)
     assert job.out is not None
-    with Workspace(job.out, job.progress) as workspace:
+    with Workspace(job.out, job.progress) as job.workspace:
         job.open()
         windows = job.calibration
         about = windows.describe()
@@ -142,8 +142,8 @@ def similarity(
         def make(folder: Path, pieces: Path) -> None:
             similarity_stage(job.runner, windows.ids, about, chosen, folder, pieces, job.progress)
 
-        made = workspace.stage(SIMILARITIES, inputs, make)
-        workspace.write_manifest(job.about())
+        made = job.workspace.stage(SIMILARITIES, inputs, make)
+        job.workspace.write_manifest(job.about())
         print((made.path / SIMILARITY).read_text(encoding="utf-8") if output.json else made.path)
     return 0
 

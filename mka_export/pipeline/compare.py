@@ -38,7 +38,7 @@ from mka_export.parity.metrics import ARTIFACT, score
 from mka_export.parity.runtimes.torch_runtime import TorchRuntime
 from mka_export.parity.statistics import bootstrap_means, perplexity
 from mka_export.pipeline.export import merge_settings
-from mka_export.pipeline.job import PACKAGES, Job, stem, versions
+from mka_export.pipeline.job import PACKAGES, SAMPLED, Job, stem, versions
 from mka_export.pipeline.requests import check_merge
 from mka_export.report import draw_methods, print_methods, with_nulls
 from mka_export.workspace import Workspace, kept_pieces, pieces_folder, write_atomically, write_json
@@ -96,7 +96,7 @@ class Compare(Job):
             raise UsageError(unknown_name("--measure", chosen.measure, MEASURES))
         self.chosen = chosen
         super().__init__(model, texts, device, output, f"{stem(model)}-compare")
-        self.spare_the_model(ORIGINAL, *(one.name for one in self.contestants))
+        self.spare_the_model(SAMPLED, ORIGINAL, *(one.name for one in self.contestants))
 
     def carry_out(self) -> int:
         """Do all of it; returns the exit code."""

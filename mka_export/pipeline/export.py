@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from mka_export.errors import ConversionError, UsageError
-from mka_export.inputs import CALIBRATION_WINDOW
+from mka_export.inputs import CALIBRATION_WINDOW, SELF
 from mka_export.merge.choose import Settings
 from mka_export.merge.methods import METHODS
 from mka_export.merge.needs import merge_need
@@ -21,13 +21,14 @@ from mka_export.models.activations import Activations, calibrate, calibration_ne
 from mka_export.models.checkpoint import Checkpoint, read_json
 from mka_export.models.expected import expected_outline, fetch_need
 from mka_export.models.outline import Outline
+from mka_export.models.sampling import sampling_bytes
 from mka_export.models.sources import cache_folder
 from mka_export.needs import Need
 from mka_export.options import DeviceOptions, MergeOptions, OutputOptions, TextOptions
 from mka_export.parity.comparison import measuring_bytes
 from mka_export.parity.verdict import judge
 from mka_export.pipeline.forecast import Forecast, left_to_do
-from mka_export.pipeline.job import Job, stem
+from mka_export.pipeline.job import SAMPLED, Job, stem
 from mka_export.report import write_report
 from mka_export.target import Artifact, Target, load_converter
 from mka_export.workspace import Stage, Workspace, write_json
@@ -75,7 +76,7 @@ class Export(Job):
     ) -> None:
         super().__init__(model, texts, device, output, f"{stem(model)}-{suffix}")
         self.planned, self.targets = merge, targets
-        self.spare_the_model(MERGED if merge else CALIBRATION, *(target.name for target in targets))
+        self.spare_the_model(SAMPLED, MERGED if merge else CALIBRATION, *(target.name for target in targets))
         self._merge_report: dict[str, Any] | None = None
 
     def __enter__(self) -> Export:
@@ -122,6 +123,10 @@ class Export(Job):
         assert self.out is not None
         stages: dict[str, Need] = {}
         method, layers, tokens = None, model.num_layers, self.texts.calibration_tokens
+        calibrated = self.planned is not None or any(target.activations for target in self.targets)
+        if calibrated and self.texts.calibration == SELF:
+            ids, text = 8 * tokens, 8 * tokens  # bytes: int64 each, and more than a token's text takes
+            stages[SAMPLED] = Need(kept=ids + text, memory=sampling_bytes(model, min(CALIBRATION_WINDOW, tokens)))
         if self.planned is not None:
             settings = self._settings(self.planned, model.architecture.name, layers)
             layers -= settings.remove

@@ -12,27 +12,34 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from rich.console import Console
 
-from mka_export.errors import RuntimeFailure, UsageError
-from mka_export.inputs import CALIBRATION_WINDOW, Windows, read_texts, windows_of
+from mka_export.errors import MkaError, RuntimeFailure, UsageError
+from mka_export.inputs import CALIBRATION_WINDOW, CHARACTERS, SELF, Windows, read_texts, require_disjoint, windows_of
 from mka_export.models.checkpoint import Checkpoint
+from mka_export.models.dataset import dataset_text
+from mka_export.models.outline import Outline
 from mka_export.models.runner import LayerRunner, pick_device
+from mka_export.models.sampling import sample_windows, sampling_bytes
 from mka_export.models.sources import cache_folder, fetch, resolve
-from mka_export.models.text import sample_prompts, tokenizer_corpus, tokenizer_oddities
+from mka_export.models.text import Text, sample_prompts, tokenizer_corpus, tokenizer_oddities
 from mka_export.models.tokenizer import leading_id, load_tokenizer, require_rows, text_ids
+from mka_export.needs import size
 from mka_export.options import DeviceOptions, OutputOptions, TextOptions
 from mka_export.parity.comparison import measure
 from mka_export.parity.runtimes import open_runtime
 from mka_export.parity.runtimes.torch_runtime import TorchRuntime
 from mka_export.parity.tokenizer_check import first_difference
 from mka_export.parity.verdict import EXIT_CODES, judge, worst
+from mka_export.pipeline.forecast import BASE_BYTES, free_memory
 from mka_export.progress import Progress
 from mka_export.report import print_report, valid_report
 from mka_export.target import Artifact, Target
-from mka_export.workspace import Stage, check_ours
+from mka_export.workspace import Stage, Workspace, check_ours
 
 SAMPLE_TOKENS = 16
+SAMPLED, SAMPLED_IDS, SAMPLED_TEXT = "sampled", "ids.npy", "text.txt"  # a stage and its files
 PACKAGES = ("mka-export", "torch", "transformers", "tokenizers", "gguf", "llama-cpp-python", "numpy", "scikit-learn")
 
 
@@ -44,10 +51,15 @@ class Job:
     Args:
         default_out: output folder where ``--out`` is not given.
 
+    Attributes:
+        workspace: the output folder, once it is locked, of a job that has one.
+
     Raises:
         UsageError: an option, or a combination of options, cannot be.
         WorkspaceError: the output folder is someone else's.
     """
+
+    workspace: Workspace
 
     def __init__(
         self, model: str, texts: TextOptions, device: DeviceOptions, output: OutputOptions, default_out: str | None
@@ -112,9 +124,51 @@ class Job:
 
     @cached_property
     def calibration(self) -> Windows:
-        """The calibration windows."""
-        tokens = min(CALIBRATION_WINDOW, self.texts.calibration_tokens)
-        return windows_of(self._text.calibration, self._tokenizer, None, tokens, self.texts.calibration_tokens)
+        """The calibration windows.
+
+        Raises:
+            UsageError: they share text with the evaluation.
+            MkaError: they cannot be had.
+        """
+        budget, where = self.texts.calibration_tokens, self.texts.calibration
+        tokens = min(CALIBRATION_WINDOW, budget)
+        if where == SELF:
+            return self._sampled(budget // tokens, tokens)
+        text = self._text.calibration
+        if text is None:
+            self.progress.say(f"reading the dataset {where}")
+            text = dataset_text(str(where), CHARACTERS * budget)
+            require_disjoint(text, self._text.evaluation)
+        return windows_of(text, self._tokenizer, None, tokens, budget)
+
+    def _sampled(self, count: int, tokens: int) -> Windows:
+        """Return windows sampled from the original model: a stage of its own."""
+        first = self._tokenizer.bos_token_id
+        first = self._tokenizer.eos_token_id if first is None else first
+        if first is None:
+            raise UsageError(
+                f"--calibration self: the tokenizer of {self.source.name} names no token that begins a text",
+                "Give a text.",
+            )
+
+        def make(folder: Path, pieces: Path) -> None:
+            need = BASE_BYTES + sampling_bytes(Outline.of_checkpoint(self.original), tokens)
+            if need > (free := free_memory()):
+                raise MkaError(
+                    f"sampling text from the model needs {size(need)} of memory, where {size(free)} are free",
+                    "Give a text with --calibration.",
+                )
+            self.progress.say(f"sampling text holds the whole model: it may need {size(need)} of memory")
+            made = sample_windows(self.original.path, first, count, tokens, self.runner.device, self.progress)
+            np.save(folder / SAMPLED_IDS, made.numpy())
+            text = "\n\n".join(self._tokenizer.batch_decode(made, skip_special_tokens=True))
+            (folder / SAMPLED_TEXT).write_text(text, encoding="utf-8")
+
+        inputs = {**self.inputs(self.original), "windows": [count, tokens], "first": first}
+        stage = self.workspace.stage(SAMPLED, inputs, make)
+        text = Text(SELF, (stage.path / SAMPLED_TEXT).read_text(encoding="utf-8"))
+        require_disjoint(text, self._text.evaluation)
+        return Windows(np.load(stage.path / SAMPLED_IDS), SELF, len(text.text.encode()) / (count * tokens))
 
     @cached_property
     def reference(self) -> TorchRuntime:
