@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mka_export.merge.fit_tokens import FIT_TOKENS, ROWS, FitTokens, attention_names, normed
+from mka_export.merge.fit_tokens import FIT_TOKENS, ROWS, FitTokens, normed
 from mka_export.merge.fuse import FLOAT, Fused
+from mka_export.merge.heads import compete_heads, heads_bytes
 from mka_export.merge.ridge import ridge, ridge_values
 from mka_export.merge.states import StatesFile
 from mka_export.merge.trajectory import Trajectory
@@ -16,12 +17,12 @@ SELECTION_TOKENS = 8192  # that decide which neurons stay; 2 048 make SmolLM2 at
 
 
 def competition_bytes(model: Outline, tokens: int) -> int:
-    """The larger of the two regressions of ``compete``, in float32."""
+    """The largest of the three regressions of ``compete``, in float32."""
     hidden, width = model.layer[model.architecture.layer["down"]]
     both = 2 * width
     choice = ridge_values(min(tokens, SELECTION_TOKENS), both, hidden) + both * hidden + 3 * FIT_TOKENS * both
     fit = ridge_values(tokens, width, hidden) + 3 * width * hidden + 3 * FIT_TOKENS * width
-    return FLOAT * max(choice, fit)
+    return max(FLOAT * choice, FLOAT * fit, heads_bytes(model))
 
 
 def compete(trajectory: Trajectory, position: int, last: int, alpha: float) -> tuple[Fused, dict[str, float]]:
@@ -37,7 +38,8 @@ def compete(trajectory: Trajectory, position: int, last: int, alpha: float) -> t
     ``alpha`` plays no part: the data say how many neurons each layer keeps. See docs/method.md.
     """
     roles = trajectory.runner.checkpoint.architecture.layer
-    tokens = FitTokens(trajectory, position, last, relative=True)
+    attention, figures = compete_heads(trajectory, position, last)
+    tokens = FitTokens(trajectory, position, last, attention, relative=True)
 
     places, name = (position, last), roles["down"]
     down = torch.cat([trajectory.weights(place, name)[name] for place in places], dim=1)
@@ -59,13 +61,13 @@ def compete(trajectory: Trajectory, position: int, last: int, alpha: float) -> t
     # Scale moves freely between the norm and the columns: even columns quantize best.
     scale = ((gate.square().mean(dim=0) + up.square().mean(dim=0)) / 2).sqrt().clamp_min(1e-6)
     fused = {
-        **trajectory.weights(position, *attention_names(trajectory, position)),
+        **attention,
         roles["mlp_norm"]: scale,
         roles["gate"]: gate.div_(scale),
         roles["up"]: up.div_(scale),
         roles["down"]: fit.weights,
     }
-    return fused, {
+    return fused, figures | {
         "neurons_from_upper": float((kept >= width).float().mean()),
         "unexplained": fit.unexplained,
     }

@@ -98,9 +98,8 @@ class Trajectory:
         """Return the states that enter the layer at ``position`` of the model under merge: (batch, T, hidden)."""
         return self._read(self._states(position), batch)
 
-    def target(self, position: int, batch: slice) -> Tensor:
-        """Return the *original* model's states after the span of the layer at ``position``."""
-        boundary = self.layers[position].last + 1
+    def original(self, boundary: int, batch: slice) -> Tensor:
+        """Return the *original* model's states at a boundary: before its layer of that number, or after the last."""
         self._run_original(boundary)
         return self._read(self._original(boundary), batch)
 

@@ -158,7 +158,7 @@ def test_a_merge_runs_only_the_layers_after_it(pico_llama, tmp_path):
     everything, nodes = slice(0, 8), torch.tensor([[0, 1], [3, 4]])
     trajectory.before(3, everything)
     assert trajectory.layer_runs == 3
-    trajectory.target(4, everything)
+    trajectory.original(5, everything)
     assert trajectory.layer_runs == 5
     same(trajectory, 3)
     trajectory.nodes_after(4, nodes)
@@ -202,14 +202,14 @@ def test_the_originals_states_are_taken_from_a_run_that_was_killed(pico_llama, t
 def test_states_after_a_merge_are_those_of_the_merged_model(pico_llama, tmp_path):
     runner = LayerRunner(Checkpoint.open(pico_llama))
     trajectory = Trajectory(runner, torch.from_numpy(WINDOWS), tmp_path / "s")
-    before = trajectory.target(3, slice(0, 8)).clone()
+    before = trajectory.original(4, slice(0, 8)).clone()
     same(trajectory, 2)
     states = runner.embed(torch.from_numpy(WINDOWS))
     for index in (0, 1, 2, 4):
         states = runner.run_layer(index, runner.weights(index), states)
     torch.testing.assert_close(trajectory.before(4, slice(0, 8)), states, rtol=1e-5, atol=1e-5)
     # What later layers should see is still the original's.
-    assert torch.equal(trajectory.target(2, slice(0, 8)), before)
+    assert torch.equal(trajectory.original(4, slice(0, 8)), before)
 
 
 @pytest.mark.parametrize(
