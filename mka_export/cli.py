@@ -17,6 +17,7 @@ from mka_export.options import (
     CompareOptions,
     ConvertOptions,
     DeviceOptions,
+    HealOptions,
     LimitOptions,
     MergeOptions,
     OutputOptions,
@@ -72,6 +73,7 @@ def main() -> None:
 @click.argument("model")
 @options(
     merge=MergeOptions,
+    heal=HealOptions,
     convert=ConvertOptions,
     texts=TextOptions,
     limits=LimitOptions,
@@ -88,7 +90,14 @@ def run(model: str, **groups: Any) -> None:
 
 @main.command()
 @click.argument("model")
-@options(merge=MergeOptions, texts=TextOptions, device=DeviceOptions, output=OutputOptions, preview=PreviewOptions)
+@options(
+    merge=MergeOptions,
+    heal=HealOptions,
+    texts=TextOptions,
+    device=DeviceOptions,
+    output=OutputOptions,
+    preview=PreviewOptions,
+)
 def merge(model: str, **groups: Any) -> None:
     """Merge layers of MODEL and write the checkpoint; prints its folder."""
     from mka_export import pipeline

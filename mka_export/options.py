@@ -84,6 +84,25 @@ class MergeOptions:
 
 
 @dataclass(frozen=True)
+class HealOptions:
+    """Whether and how the merged model is trained."""
+
+    heal: str = option(
+        "none",
+        "distill: train the merged model on what the original says of the calibration text. It holds the whole merged "
+        "model in memory.",
+        type=click.Choice(["none", "distill"]),
+    )
+    heal_steps: int = option(240, "Updates of the weights, at most.", type=click.IntRange(min=1))
+    heal_tokens: int = option(131_072, "Tokens of the calibration text to train on.", type=click.IntRange(min=512))
+    heal_batch: int = option(2, "Windows of 512 tokens in a step.", type=click.IntRange(min=1))
+    heal_rate: float = option(5e-5, "Learning rate of AdamW.", type=FiniteRange(min=0, min_open=True))
+    heal_train: str = option(
+        "all", "all parameters, or those of merged layers only.", type=click.Choice(["all", "merged"])
+    )
+
+
+@dataclass(frozen=True)
 class CompareOptions:
     """Which merges to compare."""
 

@@ -7,9 +7,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, GenerationConfig, StoppingCriteria, StoppingCriteriaList
+from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
 
 from mka_export.models.outline import Outline
+from mka_export.models.whole import load_whole
 from mka_export.progress import Progress, Task
 
 BATCH = 32  # windows sampled together
@@ -37,22 +38,19 @@ def sample_windows(path: Path, first: int, count: int, tokens: int, device: torc
     Returns:
         ids (count, tokens) int64, the same for the same model, device and number of threads.
     """
-    model = AutoModelForCausalLM.from_pretrained(
-        path, dtype=torch.float32, trust_remote_code=False, local_files_only=True, use_safetensors=True
-    )
-    model.to(device)  # type: ignore[arg-type]  # its decorator hides the types
+    model = load_whole(path, device)
     settings: Any = GenerationConfig
     model.generation_config = settings()  # the model's own may name ends of text, penalties, a top-k
     sampled = settings(do_sample=True, temperature=1.0, top_k=0, top_p=1.0, max_length=tokens, pad_token_id=0)
-    windows = []
+    windows, batches = [], -(-count // BATCH)
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(SEED)
-        with progress.task("sampling text from the model", count * tokens) as task:
-            for start in range(0, count, BATCH):
-                ids = torch.full((min(BATCH, count - start), 1), first, device=device)
+        with progress.task("sampling text from the model", batches * BATCH * tokens) as task:
+            for _ in range(batches):
+                ids = torch.full((BATCH, 1), first, device=device)  # whole batches: more windows begin with the same
                 advance = StoppingCriteriaList([_Watcher(task)])
                 windows.append(model.generate(ids, generation_config=sampled, stopping_criteria=advance).cpu())
-    return torch.cat(windows)
+    return torch.cat(windows)[:count]
 
 
 class _Watcher(StoppingCriteria):

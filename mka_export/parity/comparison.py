@@ -15,7 +15,7 @@ from mka_export.parity.runtimes import Runtime, Windows
 from mka_export.parity.statistics import Interval, bootstrap_means, perplexity
 from mka_export.progress import Progress
 
-ORIGINAL, MERGED = "original", "merged"
+ORIGINAL, MERGED, HEALED = "original", "merged", "healed"
 CONVERSION, COMPRESSION = "conversion", "compression"
 
 
@@ -24,7 +24,7 @@ class Step:
     """One model on the way from the original to the artifact.
 
     Attributes:
-        name: ``original``, ``merged`` or ``artifact``.
+        name: ``original``, ``merged``, ``healed`` or ``artifact``.
         runtime: the runtime it was measured in.
         device: where that computed.
         nll: mean negative log-likelihood, nats a token.
@@ -94,7 +94,7 @@ class Comparison:
 def measure(
     artifact: Runtime,
     original: Runtime,
-    checkpoint: Runtime | None,
+    lineage: Mapping[str, Runtime] | None,
     windows: Windows,
     *,
     bytes_per_token: float | None = None,
@@ -105,8 +105,9 @@ def measure(
     Args:
         artifact: the artifact in the runtime that ships with it.
         original: the original model.
-        checkpoint: what was converted: the merged checkpoint, or ``original`` itself where nothing was merged;
-            None if it is not known, and there is no conversion to judge.
+        lineage: name -> the checkpoints between the two, in the order in which one was made from another; what was
+            converted is the last, or the original where there are none. None if that is not known, and there is no
+            conversion to judge.
         windows: (windows, tokens) ids.
         bytes_per_token: UTF-8 bytes of the evaluation text over its tokens, for bits per byte.
         progress: where the passes are shown.
@@ -114,17 +115,12 @@ def measure(
     Raises:
         RuntimeFailure: a runtime cannot run its model.
     """
-    references = {ORIGINAL: original}
-    if checkpoint is not None and checkpoint is not original:
-        references[MERGED] = checkpoint
+    references = {ORIGINAL: original, **(lineage or {})}
     scores = score(windows, artifact, references, progress)
     runtimes = {**references, ARTIFACT: artifact}
     steps = tuple(_step(name, runtime, scores.nll[name], bytes_per_token) for name, runtime in runtimes.items())
-    by_reference = {name: _difference(name, scores) for name in references}
-    differences = {}
-    if checkpoint is not None:
-        differences[CONVERSION] = by_reference[ORIGINAL if checkpoint is original else MERGED]
-    differences[COMPRESSION] = by_reference[ORIGINAL]
+    converted = {} if lineage is None else {CONVERSION: _difference([*references][-1], scores)}
+    differences = {**converted, COMPRESSION: _difference(ORIGINAL, scores)}
     return Comparison(len(windows), steps, differences)
 
 
@@ -137,11 +133,11 @@ def measuring_bytes(model: Outline, artifact: int, windows: int, tokens: int) ->
         windows: evaluation windows.
         tokens: in each of them.
     """
-    # The original and the checkpoint run before the runtime starts, and leave their states.
-    states = 2 * 4 * windows * tokens * model.hidden_size
-    # A window's log-probabilities in float32: of the original, the checkpoint and the artifact, the next window's
+    # The original and the checkpoints run before the runtime starts, and leave their states.
+    states = 3 * 4 * windows * tokens * model.hidden_size
+    # A window's log-probabilities in float32: of the original, two checkpoints and the artifact, the next window's
     # while these are still held, and the runtime's own rows.
-    log_probs = 6 * 4 * tokens * model.vocab_size
+    log_probs = 8 * 4 * tokens * model.vocab_size
     return states + max(layer_pass_bytes(model), log_probs + artifact)
 
 

@@ -17,6 +17,7 @@ from mka_export.merge.stage import SIMILARITY, similarity_stage
 from mka_export.options import (
     ConvertOptions,
     DeviceOptions,
+    HealOptions,
     LimitOptions,
     MergeOptions,
     OutputOptions,
@@ -39,6 +40,7 @@ def run(
     model: str,
     texts: TextOptions,
     merge: MergeOptions,
+    heal: HealOptions,
     convert: ConvertOptions,
     limits: LimitOptions,
     device: DeviceOptions,
@@ -47,26 +49,34 @@ def run(
 ) -> int:
     """Merge a model, make every target from it, and measure each against the original; returns the exit code."""
     check_merge(merge)
-    export = Export(model, merge, load_targets(convert, limits), texts, device, output, "mka")
-    return _carry_out(export, preview, lambda: export.export(export.merge()))
+    export = Export(model, merge, heal, load_targets(convert, limits), texts, device, output, "mka")
+
+    def work() -> int:
+        export.merge()
+        export.heal()
+        return export.export()
+
+    return _carry_out(export, preview, work)
 
 
 def merge_only(
     model: str,
     texts: TextOptions,
     merge: MergeOptions,
+    heal: HealOptions,
     device: DeviceOptions,
     output: OutputOptions,
     preview: PreviewOptions,
 ) -> int:
-    """Merge a model and stop there; prints the folder of the merged checkpoint; returns the exit code."""
+    """Merge a model, and heal it if that is asked for; prints the checkpoint's folder; returns the exit code."""
     check_merge(merge)
-    export = Export(model, merge, [], texts, device, output, "mka")
+    export = Export(model, merge, heal, [], texts, device, output, "mka")
 
     def work() -> int:
-        merged = export.merge()
+        made = export.merge()
+        made = export.heal() or made
         export.write_manifest()
-        print(merged.path)
+        print(made.path)
         return 0
 
     return _carry_out(export, preview, work)
@@ -82,8 +92,8 @@ def convert_only(
     preview: PreviewOptions,
 ) -> int:
     """Make every target from a model as it is, and measure each against it; returns the exit code."""
-    export = Export(model, None, load_targets(convert, limits), texts, device, output, "export")
-    return _carry_out(export, preview, lambda: export.export(export.original))
+    export = Export(model, None, HealOptions(), load_targets(convert, limits), texts, device, output, "export")
+    return _carry_out(export, preview, export.export)
 
 
 def _carry_out(export: Export, preview: PreviewOptions, work: Callable[[], int]) -> int:
@@ -107,7 +117,8 @@ def doctor(model: str | None, ratio: float | None, to: tuple[str, ...], *, as_js
         if merge is not None:
             check_merge(merge)
         targets = load_targets(ConvertOptions(to=to), LimitOptions()) if to else []
-        forecast = Export(model, merge, targets, TextOptions(), DeviceOptions(), OutputOptions(), "mka").forecast()
+        rest = (TextOptions(), DeviceOptions(), OutputOptions(), "mka")
+        forecast = Export(model, merge, HealOptions(), targets, *rest).forecast()
     elif ratio is not None or to:
         raise UsageError("--ratio and --to are for a MODEL", "For example: mka-export doctor llama3-8b --to gguf-q4")
     machine = examine()
@@ -160,7 +171,7 @@ def check(
     made = Artifact(artifact, (artifact.name,), artifact.stat().st_size)
     with Workspace(job.out, job.progress) if job.out else nullcontext() as workspace:
         job.open()
-        report = job.report(None, [job.measure(made, None, target, {artifact.name: file_sha256(artifact)})], [])
+        report = job.report(None, None, [job.measure(made, None, target, {artifact.name: file_sha256(artifact)})], [])
         if workspace:
             write_report(report, workspace.path / REPORT)
             workspace.write_manifest({})

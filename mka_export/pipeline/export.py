@@ -11,6 +11,8 @@ from typing import Any
 import torch
 
 from mka_export.errors import ConversionError, UsageError
+from mka_export.heal.distill import Healing
+from mka_export.heal.stage import LOSSES, heal_need, heal_stage
 from mka_export.inputs import CALIBRATION_WINDOW, SELF
 from mka_export.merge.choose import Settings
 from mka_export.merge.methods import METHODS
@@ -24,8 +26,8 @@ from mka_export.models.outline import Outline
 from mka_export.models.sampling import sampling_bytes
 from mka_export.models.sources import cache_folder
 from mka_export.needs import Need
-from mka_export.options import DeviceOptions, MergeOptions, OutputOptions, TextOptions
-from mka_export.parity.comparison import measuring_bytes
+from mka_export.options import DeviceOptions, HealOptions, MergeOptions, OutputOptions, TextOptions
+from mka_export.parity.comparison import HEALED, MERGED, measuring_bytes
 from mka_export.parity.verdict import judge
 from mka_export.pipeline.forecast import Forecast, left_to_do
 from mka_export.pipeline.job import SAMPLED, Job, stem
@@ -33,7 +35,7 @@ from mka_export.report import write_report
 from mka_export.target import Artifact, Target, load_converter
 from mka_export.workspace import Stage, Workspace, write_json
 
-MERGED, CALIBRATION, PARITY = "merged", "calibration", "parity"  # stage folders, besides one for each target
+CALIBRATION, PARITY = "calibration", "parity"  # stage folders, besides MERGED, HEALED and one for each target
 ARTIFACT, RESULT, REPORT = "artifact.json", "parity.json", "report.json"
 
 
@@ -68,6 +70,7 @@ class Export(Job):
         self,
         model: str,
         merge: MergeOptions | None,
+        heal: HealOptions,
         targets: Sequence[Target],
         texts: TextOptions,
         device: DeviceOptions,
@@ -75,9 +78,15 @@ class Export(Job):
         suffix: str,
     ) -> None:
         super().__init__(model, texts, device, output, f"{stem(model)}-{suffix}")
-        self.planned, self.targets = merge, targets
-        self.spare_the_model(SAMPLED, MERGED if merge else CALIBRATION, *(target.name for target in targets))
+        self.planned, self.healing, self.targets = merge, heal, targets
+        if heal.heal != "none":
+            self.longest = max(self.longest, heal.heal_tokens)
+        self.lineage: dict[str, Checkpoint] = {}  # what was made from the original, in order
+        self.spare_the_model(
+            SAMPLED, *([MERGED, HEALED] if merge else [CALIBRATION]), *(target.name for target in targets)
+        )
         self._merge_report: dict[str, Any] | None = None
+        self._heal_report: dict[str, Any] | None = None
 
     def __enter__(self) -> Export:
         assert self.out is not None
@@ -125,7 +134,7 @@ class Export(Job):
         method, layers, tokens = None, model.num_layers, self.texts.calibration_tokens
         calibrated = self.planned is not None or any(target.activations for target in self.targets)
         if calibrated and self.texts.calibration == SELF:
-            ids, text = 8 * tokens, 8 * tokens  # bytes: int64 each, and more than a token's text takes
+            ids, text = 8 * self.longest, 8 * self.longest  # bytes: int64 each, and more than a token's text takes
             stages[SAMPLED] = Need(kept=ids + text, memory=sampling_bytes(model, min(CALIBRATION_WINDOW, tokens)))
         if self.planned is not None:
             settings = self._settings(self.planned, model.architecture.name, layers)
@@ -135,6 +144,9 @@ class Export(Job):
         elif any(target.activations for target in self.targets):
             stages[CALIBRATION] = calibration_need(model, tokens)
         shallow = model.with_layers(layers)
+        if self.healing.heal != "none":
+            count = max(1, self.healing.heal_tokens // CALIBRATION_WINDOW)
+            stages[HEALED] = heal_need(model, shallow, count, CALIBRATION_WINDOW)
         for target in self.targets:
             made = load_converter(target.converter).need(shallow, target)
             stages[target.name] = made
@@ -175,7 +187,43 @@ class Export(Job):
             "calibration": plan["calibration"],
             "seconds": stage.seconds,
         }
-        return Checkpoint.open(stage.path)
+        self.lineage[MERGED] = Checkpoint.open(stage.path)
+        return self.lineage[MERGED]
+
+    def heal(self) -> Checkpoint | None:
+        """Publish the merged checkpoint trained on the original's answers, with its losses; None if it is not asked for.
+
+        Raises:
+            MkaError: the machine has too little memory, or the training fails.
+        """
+        if self.healing.heal == "none":
+            return None
+        assert self._merge_report is not None
+        merged, windows, spans = (
+            self.lineage[MERGED],
+            self.windows(self.healing.heal_tokens),
+            self._merge_report["layers"],
+        )
+        options = self.healing
+        healing = Healing(options.heal_steps, options.heal_batch, options.heal_rate, options.heal_train)
+        inputs = {
+            **self.inputs(merged),
+            "original": self.original.fingerprint,
+            "calibration": windows.sha256,
+            "healing": dataclasses.asdict(healing),
+        }
+
+        def make(folder: Path, pieces: Path) -> None:
+            need = heal_need(Outline.of_checkpoint(self.original), Outline.of_checkpoint(merged), *windows.ids.shape)
+            self.require_memory(need.memory, "distilling holds the whole merged model, and", "Leave out --heal.")
+            heal_stage(
+                self.runner, merged, spans, windows.ids, windows.describe(), healing, folder, pieces, self.progress
+            )
+
+        stage = self.workspace.stage(HEALED, inputs, make)
+        self._heal_report = {**read_json(stage.path / LOSSES), "seconds": stage.seconds}
+        self.lineage[HEALED] = Checkpoint.open(stage.path)
+        return self.lineage[HEALED]
 
     def _settings(self, options: MergeOptions, family: str, layers: int) -> Settings | Plan:
         if options.plan is None:
@@ -189,10 +237,11 @@ class Export(Job):
             )
         return plan
 
-    def export(self, checkpoint: Checkpoint) -> int:
+    def export(self) -> int:
         """Make and measure every target, write report and manifest, print the report; returns the exit code."""
+        checkpoint = [self.original, *self.lineage.values()][-1]
         targets = [self._target(checkpoint, target) for target in self.targets]
-        report = self.report(self._merge_report, targets, self.workspace.stages)
+        report = self.report(self._merge_report, self._heal_report, targets, self.workspace.stages)
         report = write_report(report, self.workspace.path / REPORT)
         self.write_manifest()
         return self.show(report)
@@ -238,14 +287,14 @@ class Export(Job):
         inputs = {
             **self.inputs(checkpoint),
             "artifact": dict(made.files),
-            "original": self.original.fingerprint,
+            "lineage": [checkpoint.fingerprint for checkpoint in (self.original, *self.lineage.values())],
             "evaluation": [self._text.evaluation.sha256, self.evaluation.sha256],
             "limits": [dataclasses.asdict(target.conversion), dataclasses.asdict(target.compression)],
             "devices": dataclasses.asdict(self.device),
         }
 
         def make(folder: Path, pieces: Path) -> None:
-            write_json(folder / RESULT, self.measure(artifact, checkpoint, target, made.files))
+            write_json(folder / RESULT, self.measure(artifact, self.lineage, target, made.files))
 
         return read_json(self.workspace.stage(f"{PARITY}/{target.name}", inputs, make).path / RESULT)
 

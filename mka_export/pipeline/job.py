@@ -7,6 +7,7 @@ import resource
 import sys
 from collections.abc import Mapping
 from contextlib import closing
+from dataclasses import replace
 from functools import cached_property
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -78,6 +79,7 @@ class Job:
             check_ours(out)
         self.out = out
         self._text = read_texts(texts)
+        self.longest = texts.calibration_tokens  # of the calibration text that any stage wants
         self._reference_samples: list[str] | None = None
 
     def open(self) -> None:
@@ -124,25 +126,41 @@ class Job:
 
     @cached_property
     def calibration(self) -> Windows:
-        """The calibration windows.
+        """The calibration windows; what is raised is said at ``windows``."""
+        return self.windows(self.texts.calibration_tokens)
+
+    def windows(self, budget: int) -> Windows:
+        """Return windows of the calibration text, of so many tokens together at most.
 
         Raises:
             UsageError: they share text with the evaluation.
             MkaError: they cannot be had.
         """
-        budget, where = self.texts.calibration_tokens, self.texts.calibration
-        tokens = min(CALIBRATION_WINDOW, budget)
+        where, tokens = self.texts.calibration, min(CALIBRATION_WINDOW, budget)
         if where == SELF:
             return self._sampled(budget // tokens, tokens)
-        text = self._text.calibration
-        if text is None:
+        if self._text.calibration is None:
             self.progress.say(f"reading the dataset {where}")
-            text = dataset_text(str(where), CHARACTERS * budget)
+            text = dataset_text(str(where), CHARACTERS * self.longest)
             require_disjoint(text, self._text.evaluation)
-        return windows_of(text, self._tokenizer, None, tokens, budget)
+            self._text = replace(self._text, calibration=text)
+        assert self._text.calibration is not None
+        return windows_of(self._text.calibration, self._tokenizer, None, tokens, budget)
+
+    def require_memory(self, nbytes: int, what: str, remedy: str) -> None:
+        """Say what ``what`` needs of memory.
+
+        Raises:
+            MkaError: the machine has not as much.
+        """
+        need, free = BASE_BYTES + nbytes, free_memory()
+        if need > free:
+            raise MkaError(f"{what} needs {size(need)} of memory, where {size(free)} are free", remedy)
+        self.progress.say(f"{what} may need {size(need)} of memory")
 
     def _sampled(self, count: int, tokens: int) -> Windows:
-        """Return windows sampled from the original model: a stage of its own."""
+        """Return windows sampled from the original model: a stage of its own, as long as any stage wants it."""
+        most = max(count, self.longest // tokens)
         first = self._tokenizer.bos_token_id
         first = self._tokenizer.eos_token_id if first is None else first
         if first is None:
@@ -152,23 +170,18 @@ class Job:
             )
 
         def make(folder: Path, pieces: Path) -> None:
-            need = BASE_BYTES + sampling_bytes(Outline.of_checkpoint(self.original), tokens)
-            if need > (free := free_memory()):
-                raise MkaError(
-                    f"sampling text from the model needs {size(need)} of memory, where {size(free)} are free",
-                    "Give a text with --calibration.",
-                )
-            self.progress.say(f"sampling text holds the whole model: it may need {size(need)} of memory")
-            made = sample_windows(self.original.path, first, count, tokens, self.runner.device, self.progress)
+            need = sampling_bytes(Outline.of_checkpoint(self.original), tokens)
+            self.require_memory(need, "sampling text holds the whole model, and", "Give a text with --calibration.")
+            made = sample_windows(self.original.path, first, most, tokens, self.runner.device, self.progress)
             np.save(folder / SAMPLED_IDS, made.numpy())
             text = "\n\n".join(self._tokenizer.batch_decode(made, skip_special_tokens=True))
             (folder / SAMPLED_TEXT).write_text(text, encoding="utf-8")
 
-        inputs = {**self.inputs(self.original), "windows": [count, tokens], "first": first}
+        inputs = {**self.inputs(self.original), "windows": [most, tokens], "first": first}
         stage = self.workspace.stage(SAMPLED, inputs, make)
         text = Text(SELF, (stage.path / SAMPLED_TEXT).read_text(encoding="utf-8"))
         require_disjoint(text, self._text.evaluation)
-        return Windows(np.load(stage.path / SAMPLED_IDS), SELF, len(text.text.encode()) / (count * tokens))
+        return Windows(np.load(stage.path / SAMPLED_IDS)[:count], SELF, len(text.text.encode()) / (most * tokens))
 
     @cached_property
     def reference(self) -> TorchRuntime:
@@ -187,12 +200,12 @@ class Job:
         return {"gpu_layers": self.device.gpu_layers} if name == "llama.cpp" else {"device": self.device.device}
 
     def measure(
-        self, artifact: Artifact, checkpoint: Checkpoint | None, target: Target, files: Mapping[str, str]
+        self, artifact: Artifact, lineage: Mapping[str, Checkpoint] | None, target: Target, files: Mapping[str, str]
     ) -> dict[str, Any]:
         """Measure an artifact and judge it: the report's entry for its target.
 
         Args:
-            checkpoint: what it was made from; None if that is not known.
+            lineage: name -> the checkpoints between the original and it, in order; None if they are not known.
             files: sha256 of its files, by path.
         """
         entry: dict[str, Any] = {
@@ -205,10 +218,9 @@ class Job:
         failures: list[str] = []
         corpus = [*tokenizer_corpus(), self._text.evaluation.text]
         limits = (target.conversion, target.compression)
-        merged = self._checkpoint_runtime(checkpoint)
-        for reference in (self.reference, merged):
-            if reference is not None:  # before the artifact is in memory too
-                reference.run(self.evaluation.ids)
+        between = {name: self._torch(checkpoint) for name, checkpoint in (lineage or {}).items()}
+        for reference in (self.reference, *between.values()):  # before the artifact is in memory too
+            reference.run(self.evaluation.ids)
         try:
             with closing(
                 open_runtime(target.runtime, artifact.path, **self.runtime_options(target.runtime))
@@ -227,7 +239,7 @@ class Job:
                 comparison = measure(
                     runtime,
                     self.reference,
-                    merged,
+                    None if lineage is None else between,
                     self.evaluation.ids,
                     bytes_per_token=self.evaluation.bytes_per_token,
                     progress=self.progress,
@@ -244,11 +256,7 @@ class Job:
         entry["warnings"] = [*artifact.details.get("warnings", []), *oddities, *entry["warnings"]]
         return entry
 
-    def _checkpoint_runtime(self, checkpoint: Checkpoint | None) -> TorchRuntime | None:
-        if checkpoint is None:
-            return None
-        if checkpoint is self.original:
-            return self.reference
+    def _torch(self, checkpoint: Checkpoint) -> TorchRuntime:
         return TorchRuntime(checkpoint.path, device=self.device.device, progress=self.progress)
 
     def _describe(self, artifact: Artifact, files: Mapping[str, str]) -> dict[str, Any]:
@@ -262,7 +270,11 @@ class Job:
         }
 
     def report(
-        self, merge: dict[str, Any] | None, targets: list[dict[str, Any]], stages: list[Stage]
+        self,
+        merge: dict[str, Any] | None,
+        heal: dict[str, Any] | None,
+        targets: list[dict[str, Any]],
+        stages: list[Stage],
     ) -> dict[str, Any]:
         """Return the whole report, as its schema has it."""
         ids = self.evaluation.ids
@@ -279,6 +291,7 @@ class Job:
                 "nbytes": self.original.nbytes,
             },
             "merge": merge,
+            "heal": heal,
             "evaluation": {
                 "text": self.evaluation.source,
                 "sha256": self.evaluation.sha256,

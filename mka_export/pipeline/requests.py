@@ -10,8 +10,9 @@ from mka_export.merge.methods import METHODS
 from mka_export.merge.plan import read_plan
 from mka_export.merge.stage import layers_to_remove
 from mka_export.options import ITERATIVE, ConvertOptions, LimitOptions, MergeOptions
+from mka_export.parity.comparison import HEALED, MERGED
 from mka_export.parity.runtimes import RUNTIMES
-from mka_export.pipeline.export import CALIBRATION, MERGED, PARITY, REPORT
+from mka_export.pipeline.export import CALIBRATION, PARITY, REPORT
 from mka_export.pipeline.job import SAMPLED
 from mka_export.target import Limits, Target, load_converter, load_target
 from mka_export.workspace import MANIFEST
@@ -71,7 +72,7 @@ def load_targets(convert: ConvertOptions, limits: LimitOptions) -> list[Target]:
     names = [target.name for target in targets]
     if len(set(names)) < len(names):
         raise UsageError(f"--to names a target twice: {', '.join(names)}")
-    if clash := {SAMPLED, MERGED, CALIBRATION, PARITY, MANIFEST, REPORT} & set(names):
+    if clash := {SAMPLED, MERGED, HEALED, CALIBRATION, PARITY, MANIFEST, REPORT} & set(names):
         raise UsageError(f"a target cannot be called {clash.pop()}", "Rename its file.")
     return targets
 

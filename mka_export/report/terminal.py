@@ -60,6 +60,12 @@ def _about_the_model(report: Mapping[str, Any]) -> Iterator[str]:
         )
         if spans := merge.get("layers"):
             yield f"Layers    {_spans(spans)}"
+    if heal := report["heal"]:
+        looks = {look["step"]: look["kl"] for look in heal["held_out"]}
+        yield (
+            f"Healed    by distillation, {len(heal['losses'])} steps on {heal['calibration']['tokens']:,} tokens: KL on "
+            f"held-out text {number(looks[0])} → {number(looks[heal['best']])} (step {heal['best']})"
+        )
     yield (
         f"Measured  on {evaluation['windows']} windows of {evaluation['window_tokens']} tokens of "
         f"{text_source(evaluation['text'])} ({evaluation['tokens']:,} predictions)"

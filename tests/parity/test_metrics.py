@@ -60,7 +60,7 @@ def test_every_position_is_scored_against_the_next_token() -> None:
 def test_steps_lead_from_the_original_to_the_artifact() -> None:
     windows = np.random.default_rng(0).integers(0, 7, (5, 30))
     original, merged, artifact = (random_runtime(seed) for seed in range(3))
-    comparison = measure(artifact, original, merged, windows)
+    comparison = measure(artifact, original, {"merged": merged}, windows)
     assert [step.name for step in comparison.steps] == ["original", "merged", "artifact"]
     differences = comparison.differences
     assert {kind: d.against for kind, d in differences.items()} == {"conversion": "merged", "compression": "original"}
@@ -75,7 +75,7 @@ def test_steps_lead_from_the_original_to_the_artifact() -> None:
 def test_an_unmerged_model_is_run_once_and_is_both_references() -> None:
     windows = np.random.default_rng(0).integers(0, 7, (5, 30))
     original, artifact = random_runtime(0), random_runtime(1)
-    comparison = measure(artifact, original, original, windows)
+    comparison = measure(artifact, original, {}, windows)
     assert [step.name for step in comparison.steps] == ["original", "artifact"]
     assert comparison.differences["conversion"] == comparison.differences["compression"]
 

@@ -152,7 +152,7 @@ def test_another_vocabulary_size_is_mentioned() -> None:
 def test_the_report_has_every_figure() -> None:
     windows = np.zeros((6, 30), dtype=np.int64)
     original, merged, artifact = (random_runtime(seed) for seed in range(3))
-    comparison = measure(artifact, original, merged, windows, bytes_per_token=4.0)
+    comparison = measure(artifact, original, {"merged": merged}, windows, bytes_per_token=4.0)
     entry = json.loads(
         json.dumps(judge(comparison, Limits(1.1), Limits(1.35, min_top1=0.1)).to_dict(), allow_nan=False)
     )

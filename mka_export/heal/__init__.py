@@ -1,0 +1,1 @@
+"""Healing: training a shallower model on what the original says."""
