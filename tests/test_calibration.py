@@ -70,7 +70,7 @@ def test_sampling_is_refused_where_memory_is_short(pico_llama, tmp_path, monkeyp
     monkeypatch.setattr("mka_export.pipeline.job.free_memory", lambda: 10**8)
     result = type_in("merge", pico_llama, *MERGE, "--calibration", "self", "--out", tmp_path / "out", *SMALL)
     assert result.exit_code == 1
-    assert "sampling text from the model needs" in result.stderr
+    assert "sampling text holds the whole model, and needs" in result.stderr
     assert "100.0 MB are free" in result.stderr
 
 
