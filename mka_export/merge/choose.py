@@ -6,21 +6,30 @@ is a merge too, of which only the lowest layer's weights are left; so no way to 
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
+from pathlib import Path
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
+from mka_export.data import load_json, value_of
 from mka_export.errors import UsageError
+from mka_export.merge.fuse import Fuse
 from mka_export.merge.measures import MEASURES
 from mka_export.merge.trajectory import Trajectory
 from mka_export.merge.views import Views
+from mka_export.workspace import write_atomically
 
 MASSIVE = 5.0  # times the stream before
+SCREENED = 8  # of the most similar pairs, whose damage is measured
+PROBED = 4  # every so many-th position tells the damage
+WORST = 1e9  # damage of a merge that makes NaN or infinity
 COLLAPSED, COLLAPSE_INTERVAL = 4, 2  # LaCo's settings for 32 layers
 THRESHOLDS = [0.95 - 0.05 * i for i in range(20)]
 
@@ -71,30 +80,101 @@ def similar_pairs(settings: Settings, views: Views) -> Iterator[Choice]:
     Raises:
         UsageError: there are not as many pairs as are to be merged.
     """
-    left = _pairs(settings, views.probe)
-    if settings.remove > len(left):
-        raise UsageError(
-            f"{settings.remove} layers are to go, but only {len(left)} pairs of neighbours can be merged: the first "
-            f"{settings.protect} layers are protected, and {_massive(views.probe)} write massive activations",
-            "Lower --ratio or --protect.",
-        )
-
-    def choice(position: int, similarity: float) -> Choice:
-        alpha = similarity if settings.alpha is None else settings.alpha
-        return Choice(position, position + 1, similarity, alpha)
-
+    left = _enough_pairs(settings, views.probe)
     if settings.schedule == "iterative":
         for _ in range(settings.remove):
             similarities = views.similarities.neighbours()
             best = max(_pairs(settings, views.probe), key=similarities.__getitem__)
-            yield choice(best, similarities[best])
+            yield _pair(settings, best, similarities[best])
     else:
         similarities = views.similarities.neighbours()
         order = sorted(left, key=similarities.__getitem__, reverse=True)
         # Bottom up, so that each merge sees the stream as the merges below it leave it; every one
         # moves the positions above it down by one.
         for done, pair in enumerate(sorted(order[: settings.remove])):
-            yield choice(pair - done, similarities[pair])
+            yield _pair(settings, pair - done, similarities[pair])
+
+
+def least_damage(fuse: Fuse, settings: Settings, views: Views) -> Iterator[Choice]:
+    """Yield, of the most similar neighbours, those whose merge turns the model least away from the original.
+
+    A similarity guides and does not decide: of the ``SCREENED`` most similar pairs each is fused on trial, fitted to a
+    few windows, and the model with it run over others, those of the probe. Its damage is by how much the divergence of
+    the predictions there from the original's, KL(original ‖ model), grows. What was once measured of a pair counts as
+    long as neither layer changes. On the one-shot schedule the similarity decides alone.
+
+    Args:
+        fuse: how layers become one.
+
+    Raises:
+        UsageError: there are not as many pairs as are to be merged.
+    """
+    if settings.schedule != "iterative":
+        yield from similar_pairs(settings, views)
+        return
+    _enough_pairs(settings, views.probe)
+    probe, damages = views.probe, _read_damages(views.notes)
+    for _ in range(settings.remove):
+        similarities = views.similarities.neighbours()
+        order = sorted(_pairs(settings, probe), key=similarities.__getitem__, reverse=True)
+        pairs = {place: f"{probe.layers[place].span}+{probe.layers[place + 1].span}" for place in order[:SCREENED]}
+        new = [place for place, pair in pairs.items() if pair not in damages]
+        now = _divergence(probe, probe.outcome(len(probe.layers), ())) if new else 0.0
+        for place in new:
+            alpha = _pair(settings, place, similarities[place]).alpha
+            damages[pairs[place]] = _divergence(probe, _on_trial(fuse, views, place, alpha)) - now
+            write_atomically(views.notes, damages)
+        best = min(pairs, key=lambda place: damages[pairs[place]])
+        yield _pair(settings, best, similarities[best])
+
+
+def _on_trial(fuse: Fuse, views: Views, place: int, alpha: float) -> Tensor:
+    """Return the probe's final states if the layer at ``place`` and the next were fused as the trial's windows say."""
+    fused, _ = fuse(views.trial, place, place + 1, alpha)
+    kind = views.probe.layers[place].first
+    return views.probe.outcome(place, chain([(kind, lambda: fused)], views.probe.above(place + 1)))
+
+
+def _divergence(probe: Trajectory, states: Tensor) -> float:
+    """Return the mean KL(original ‖ model) of the next token, in nats, that final states (N, T, hidden) of the probe give.
+
+    Every ``PROBED``-th position is looked at.
+    """
+    total, top = 0.0, probe.runner.checkpoint.num_layers
+    for window, mine in enumerate(states):
+        (original,) = probe.original(top, slice(window, window + 1))
+        p, q = (probe.runner.logits(each[PROBED - 1 :: PROBED]).log_softmax(dim=-1) for each in (original, mine))
+        total += float(functional.kl_div(q, p, reduction="batchmean", log_target=True))
+    return total / len(states) if math.isfinite(total) else WORST
+
+
+def _read_damages(file: Path) -> dict[str, float]:
+    """Return what an earlier run measured: pair -> damage."""
+    try:
+        found = load_json(file)
+        return {pair: value_of(found, pair, float) for pair in found}
+    except (OSError, ValueError):
+        return {}
+
+
+def _pair(settings: Settings, position: int, similarity: float) -> Choice:
+    return Choice(position, position + 1, similarity, similarity if settings.alpha is None else settings.alpha)
+
+
+def _enough_pairs(settings: Settings, probe: Trajectory) -> list[int]:
+    """Return the positions whose layer may be merged with the next.
+
+    Raises:
+        UsageError: they are fewer than the merges that are to come.
+    """
+    left = _pairs(settings, probe)
+    if settings.remove > len(left):
+        raise UsageError(
+            f"{settings.remove} layers are to go, but only {len(left)} pairs of neighbours can be merged: the first "
+            f"{settings.protect} layers are protected, and {_massive(probe)} write massive activations",
+            "Lower --ratio or --protect.",
+        )
+    return left
 
 
 def _pairs(settings: Settings, probe: Trajectory) -> list[int]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 from mka_export.merge import choose, fuse
 from mka_export.merge.choose import Choice, Settings
@@ -22,17 +23,14 @@ class Method:
         fuse: what becomes of them.
         memory: (model, calibration tokens) -> bytes that ``fuse`` holds at most.
         protect: this many early layers take no part unless asked otherwise.
+        measured: it compares layers by ``--measure``, on a ``--schedule``.
     """
 
     choose: Callable[[Settings, Views], Iterator[Choice]]
     fuse: Fuse
     memory: Callable[[Outline, int], int]
     protect: int = 0
-
-    @property
-    def measured(self) -> bool:
-        """It compares layers by ``--measure``, on a ``--schedule``."""
-        return self.choose is choose.similar_pairs
+    measured: bool = False
 
     def stepwise(self, schedule: str) -> bool:
         """Each merge takes one layer away, and follows from those before it, however many are to come."""
@@ -40,8 +38,8 @@ class Method:
 
 
 METHODS = {
-    "mka": Method(choose.similar_pairs, compete, competition_bytes, protect=4),
-    "mka-paper": Method(choose.similar_pairs, fuse.average, fuse.layers_bytes, protect=4),
+    "mka": Method(partial(choose.least_damage, compete), compete, competition_bytes, protect=4, measured=True),
+    "mka-paper": Method(choose.similar_pairs, fuse.average, fuse.layers_bytes, protect=4, measured=True),
     "tail": Method(choose.tail, fuse.keep, fuse.layers_bytes),
     "shortgpt": Method(choose.least_influence, fuse.keep, fuse.layers_bytes),
     "pruneme": Method(choose.closest_block, fuse.keep, fuse.layers_bytes),

@@ -73,7 +73,7 @@ def merge_stage(
     _check_ends(runner.checkpoint)
 
     def work(ids: torch.Tensor) -> None:
-        views, finished = Views.of(runner, ids, settings.measure, pieces), Finished(pieces, len(ids))
+        views, finished = Views.of(runner, ids, settings.measure, pieces, pieces), Finished(pieces, len(ids))
         with progress.task("similarity of the layers", runner.checkpoint.num_layers) as task:
             before = views.similarities.matrix(task)
         merge(views, settings, finished, progress)
@@ -96,9 +96,9 @@ def dense_pass(runner: LayerRunner, windows: NDArray[np.int64], states: Path, pr
     _check_ends(runner.checkpoint)
 
     def work(ids: torch.Tensor) -> None:
-        views = Views.of(runner, ids, DEFAULT, states)
-        with progress.task("states of the original", 2) as task:
-            for trajectory in (views.everything, views.probe):
+        views = Views.of(runner, ids, DEFAULT, states, states)
+        with progress.task("states of the original", 3) as task:
+            for trajectory in (views.everything, views.probe, views.trial):
                 trajectory.largest_updates()
                 task.advance()
 
@@ -129,7 +129,7 @@ def trial(
     """
 
     def work(ids: torch.Tensor) -> tuple[Plan, float]:
-        views, finished = Views.of(runner, ids, settings.measure, states), Finished(pieces, len(ids))
+        views, finished = Views.of(runner, ids, settings.measure, states, pieces), Finished(pieces, len(ids))
         merge(views, settings, finished, progress)
         write_checkpoint(views.everything, out)
         return _plan(runner.checkpoint, settings, calibration, ids, finished.steps), finished.seconds
@@ -156,7 +156,7 @@ def similarity_stage(
     layers = runner.checkpoint.num_layers
 
     def work(ids: torch.Tensor) -> dict[str, NDArray[np.float64]]:
-        probe = Views.of(runner, ids, measures[0], pieces).probe
+        probe = Views.of(runner, ids, measures[0], pieces, pieces).probe
         with progress.task("similarity of the layers", layers * len(measures)) as task:
             return {measure: Similarities(probe, measure).matrix(task) for measure in measures}
 

@@ -8,7 +8,7 @@ no more than the layers after it that matter.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -52,7 +52,7 @@ class Trajectory:
     Args:
         runner: runs the original model's layers, and layers with other weights.
         ids: token windows (N, T).
-        every: only each ``every``-th of them.
+        windows: numbers of those that take part; all by default.
         folder: for the states: (layers + 1) · N · T · hidden · 4 bytes, and as much again for the part of the
             model that was merged. What an earlier run of the same model over the same windows finished of the
             original's is taken from there.
@@ -64,9 +64,10 @@ class Trajectory:
         layer_runs: how many times a layer was run over all windows.
     """
 
-    def __init__(self, runner: LayerRunner, ids: Tensor, folder: Path, every: int = 1) -> None:
+    def __init__(self, runner: LayerRunner, ids: Tensor, folder: Path, windows: Sequence[int] | None = None) -> None:
         self.runner, self.folder = runner, folder
-        self.ids, self.windows = ids[::every], range(0, len(ids), every)
+        self.windows = range(len(ids)) if windows is None else windows
+        self.ids = ids[list(self.windows)]
         folder.mkdir(parents=True, exist_ok=True)
         self.layers = [Layer(i, i) for i in range(runner.checkpoint.num_layers)]
         self.layer_runs = 0

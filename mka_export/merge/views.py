@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 from torch import Tensor
@@ -11,7 +12,7 @@ from mka_export.merge.similarity import Similarities
 from mka_export.merge.trajectory import Trajectory
 from mka_export.models.runner import LayerRunner
 
-PROBE_WINDOWS = 4
+PROBE_WINDOWS, TRIAL_WINDOWS = 4, 8
 STATES = "states-"
 
 
@@ -26,29 +27,43 @@ class Views:
         everything: the model on all calibration windows.
         probe: the same on some of them.
         similarities: of the layers, on the probe.
+        notes: a file for what a choice measured, kept with the finished merges.
     """
 
     everything: Trajectory
     probe: Trajectory
     similarities: Similarities
+    notes: Path
 
     @classmethod
-    def of(cls, runner: LayerRunner, ids: Tensor, measure: str, states: Path) -> Views:
+    def of(cls, runner: LayerRunner, ids: Tensor, measure: str, states: Path, pieces: Path) -> Views:
         """Look at the original model.
 
         Args:
             ids: calibration windows (N, T).
             measure: of the similarity of layers: a name in ``MEASURES``.
             states: the states are kept here, and those of the original taken from here.
+            pieces: where finished merges are kept.
         """
         folder = states / f"{STATES}{len(ids)}"  # fewer where windows were left out
-        everything = Trajectory(runner, ids, folder / "all")
-        few = len(ids) <= PROBE_WINDOWS
-        probe = everything if few else Trajectory(runner, ids, folder / "probe", every=len(ids) // PROBE_WINDOWS)
-        return cls(everything, probe, Similarities(probe, measure))
+        everything, probe = Trajectory(runner, ids, folder / "all"), None
+        if len(ids) > PROBE_WINDOWS:
+            probe = Trajectory(runner, ids, folder / "probe", range(0, len(ids), len(ids) // PROBE_WINDOWS))
+        probe = probe or everything
+        return cls(everything, probe, Similarities(probe, measure), pieces / f"damages-{len(ids)}.json")
+
+    @cached_property
+    def trial(self) -> Trajectory:
+        """The model on some windows that the probe has not, where there are any: what is fitted to them can be probed."""
+        ids, probed = self.everything.ids, set(self.probe.windows)
+        left = [window for window in self.everything.windows if window not in probed]
+        if not left:
+            return self.probe
+        folder = self.everything.folder.with_name("trial")
+        return Trajectory(self.everything.runner, ids, folder, left[:: max(1, len(left) // TRIAL_WINDOWS)])
 
     def replace(self, position: int, last: int, file: Path) -> None:
         """Put one layer, with the float32 weights in ``file``, in the place of those from ``position`` to ``last``."""
-        for each in {self.everything, self.probe}:
+        for each in {self.everything, self.probe, self.trial}:
             each.replace(position, last, file)
         self.similarities.forget(position)
