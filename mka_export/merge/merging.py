@@ -10,7 +10,8 @@ from pathlib import Path
 from mka_export.merge.choose import Choice, Settings
 from mka_export.merge.finished import Finished
 from mka_export.merge.methods import METHODS
-from mka_export.merge.plan import Plan, Step
+from mka_export.merge.plan import Plan
+from mka_export.merge.steps import Step
 from mka_export.merge.trajectory import Trajectory
 from mka_export.merge.views import Views
 from mka_export.models.checkpoint import CONFIG, Checkpoint, CheckpointWriter, copy_tokenizer

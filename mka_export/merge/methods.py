@@ -34,7 +34,7 @@ class Method:
 
     def stepwise(self, schedule: str) -> bool:
         """Each merge takes one layer away, and follows from those before it, however many are to come."""
-        return self.choose is choose.least_loss or (self.measured and schedule == "iterative")
+        return self.choose is choose.least_loss or (self.choose is choose.similar_pairs and schedule == "iterative")
 
 
 METHODS = {

@@ -16,8 +16,9 @@ from mka_export.merge.finished import Finished
 from mka_export.merge.heatmap import draw_before_and_after, draw_measures
 from mka_export.merge.measures import DEFAULT
 from mka_export.merge.merging import merge, write_checkpoint
-from mka_export.merge.plan import Plan, Step
+from mka_export.merge.plan import Plan
 from mka_export.merge.similarity import Similarities
+from mka_export.merge.steps import Step
 from mka_export.merge.views import Views
 from mka_export.models.checkpoint import Checkpoint, require_finite
 from mka_export.models.runner import LayerRunner, on_finite_windows

@@ -64,20 +64,22 @@ class Trajectory:
         layer_runs: how many times a layer was run over all windows.
     """
 
+    layers: list[Layer]
+    _shared: int  # this many bottom layers are the original's, and so are their states
+    _merged_known: int  # the last boundary whose states in the model under merge are there, where it is not shared
+    _merged_statistics: list[ColumnStatistics]
+
     def __init__(self, runner: LayerRunner, ids: Tensor, folder: Path, windows: Sequence[int] | None = None) -> None:
         self.runner, self.folder = runner, folder
         self.windows = range(len(ids)) if windows is None else windows
         self.ids = ids[list(self.windows)]
         folder.mkdir(parents=True, exist_ok=True)
-        self.layers = [Layer(i, i) for i in range(runner.checkpoint.num_layers)]
         self.layer_runs = 0
         self._updates: list[float] = []
         self._shape = (*self.ids.shape, runner.checkpoint.hidden_size)
-        self._shared = len(self.layers)  # this many bottom layers are the original's, and so are their states
         self._original_known = 0  # the last boundary whose states in the original are there
-        self._merged_known = 0  # the same in the model under merge, where it is not shared
         self._original_statistics: list[ColumnStatistics] = []
-        self._merged_statistics: list[ColumnStatistics] = []
+        self.reset()
         self._key = hashlib.sha256(self.ids.numpy().tobytes()).hexdigest()
         if self._finished(0) is None:
             self._write(self._original(0), slice(0, len(self.ids)), runner.embed(self.ids))
@@ -150,6 +152,13 @@ class Trajectory:
         self._merged_known = min(self._merged_known, position)
         del self._merged_statistics[self._merged_known - self._shared :]
         self.layers[position : last + 1] = [Layer(*span, file)]
+
+    def reset(self) -> None:
+        """Make the model under merge the original again."""
+        self.layers = [Layer(i, i) for i in range(self.runner.checkpoint.num_layers)]
+        self._shared = len(self.layers)
+        self._merged_known = 0
+        self._merged_statistics = []
 
     def _states(self, boundary: int) -> StatesFile:
         """Return the file of the states at ``boundary`` of the model under merge, made if need be."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -20,8 +21,8 @@ STATES = "states-"
 class Views:
     """The model under merge.
 
-    All windows take part in a fit, and run only to the layers that are fitted; a few of them are enough for the graph of
-    the similarity, and run to the top after every merge.
+    All windows take part in a fit, and run only to the layers that are fitted; a few of them are enough to choose layers
+    by, and run to the top after every merge.
 
     Attributes:
         everything: the model on all calibration windows.
@@ -64,6 +65,19 @@ class Views:
 
     def replace(self, position: int, last: int, file: Path) -> None:
         """Put one layer, with the float32 weights in ``file``, in the place of those from ``position`` to ``last``."""
+        self._replace({self.everything, self.probe}, position, last, file)
+
+    def replace_on_trial(self, position: int, last: int, file: Path) -> None:
+        """Do so on the windows that choices are made by only; ``reset`` ends it."""
+        self._replace({self.probe, self.trial}, position, last, file)
+
+    def reset(self) -> None:
+        """Make the model under merge the original again."""
         for each in {self.everything, self.probe, self.trial}:
+            each.reset()
+        self.similarities.forget(0)
+
+    def _replace(self, where: Iterable[Trajectory], position: int, last: int, file: Path) -> None:
+        for each in where:
             each.replace(position, last, file)
         self.similarities.forget(position)

@@ -1,0 +1,118 @@
+"""The choice of ``mka``: damage measured on trial decides, fits go bottom up, and what was measured is kept."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from merge_tools import CALIBRATION, QUIET, WINDOWS, merged, settings
+from transformers import AutoModelForCausalLM
+
+from mka_export.merge import choose
+from mka_export.merge.compete import compete
+from mka_export.merge.stage import trial
+from mka_export.merge.steps import Step
+from mka_export.merge.trajectory import Trajectory
+from mka_export.merge.views import PROBE_WINDOWS, Views
+from mka_export.models.checkpoint import Checkpoint
+from mka_export.models.runner import LayerRunner
+
+IDS = torch.from_numpy(WINDOWS)
+THREE = settings(remove=3, protect=0)
+
+
+def notes_of(pieces) -> dict:
+    return json.loads((pieces / f"damages-{len(IDS)}.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def plan(pico_llama, tmp_path_factory):
+    out = merged(pico_llama, tmp_path_factory.mktemp("damage") / "out", THREE)
+    return json.loads((out / "plan.json").read_text()), notes_of(out.with_name("out-pieces"))
+
+
+def test_damage_is_how_much_the_predictions_turn_away(pico_llama, plan, tmp_path):
+    """Of one pair, worked out with transformers: fitted to some windows, measured on others."""
+    views = Views.of(LayerRunner(Checkpoint.open(pico_llama)), IDS, "npib", tmp_path, tmp_path)
+    probed, tried = list(views.probe.windows), list(views.trial.windows)
+    assert len(probed) == PROBE_WINDOWS
+    assert not set(probed) & set(tried)
+    fused, _ = compete(views.trial, 2, 3, 1.0)
+    original = AutoModelForCausalLM.from_pretrained(pico_llama, dtype=torch.float32)
+    shallow = AutoModelForCausalLM.from_pretrained(pico_llama, dtype=torch.float32)
+    shallow.model.layers[2].load_state_dict(fused)
+    del shallow.model.layers[3]
+    for index, layer in enumerate(shallow.model.layers):
+        layer.self_attn.layer_idx = index
+    shallow.config.num_hidden_layers -= 1
+    with torch.no_grad():
+        p, q = (m(IDS[probed], use_cache=False).logits[:, 3::4].double().log_softmax(-1) for m in (original, shallow))
+    expected = float((p.exp() * (p - q)).sum(-1).mean())
+    assert plan[1]["damages"]["[2, 2]+[3, 3]"] == pytest.approx(expected, rel=1e-3)
+
+
+def test_the_least_damage_of_those_most_alike_is_chosen_first(plan):
+    damages, chosen = plan[1]["damages"], plan[1]["chosen"]
+    first = {
+        pair: value for pair, value in damages.items() if pair in {f"[{i}, {i}]+[{i + 1}, {i + 1}]" for i in range(6)}
+    }
+    assert len(first) >= 4
+    assert f"{chosen[0]['lower']}+{chosen[0]['upper']}" == min(first, key=first.__getitem__)
+
+
+def test_only_the_most_similar_are_measured(pico_llama, tmp_path, monkeypatch):
+    monkeypatch.setattr(choose, "SCREENED", 1)
+    similar = json.loads(
+        (merged(pico_llama, tmp_path / "a", settings(method="mka-paper", remove=1)) / "plan.json").read_text()
+    )
+    out = merged(pico_llama, tmp_path / "b", settings(remove=1))
+    assert len(notes_of(tmp_path / "b-pieces")["damages"]) == 1
+    (ours,), (theirs,) = json.loads((out / "plan.json").read_text())["steps"], similar["steps"]
+    assert (ours["lower"], ours["upper"]) == (theirs["lower"], theirs["upper"])
+
+
+def test_fits_go_bottom_up_and_no_layer_runs_twice(pico_llama, tmp_path, monkeypatch):
+    runs, run = [], Trajectory._run
+
+    def counted(self, kind, weights, source, out, note=None):
+        if out.path.parent.name == "all":
+            runs.append(out.path.name)
+        return run(self, kind, weights, source, out, note)
+
+    monkeypatch.setattr(Trajectory, "_run", counted)
+    out = merged(pico_llama, tmp_path / "out", THREE)
+    plan = json.loads((out / "plan.json").read_text())
+    first = {layer: span[0] for span in plan["layers"] for layer in range(span[0], span[1] + 1)}
+    groups = [first[step["lower"][0]] for step in plan["steps"]]
+    assert groups == sorted(groups)
+    assert len(runs) == len(set(runs))
+
+
+def test_merges_of_one_layer_keep_their_order():
+    steps = [Step([4, 4], [5, 5], 0.5, 0.5), Step([1, 1], [2, 2], 0.6, 0.5), Step([3, 3], [4, 5], 0.7, 0.5)]
+    found = [(c.position, c.last, c.similarity) for c in choose._bottom_up(steps, 7)]
+    assert found == [(1, 2, 0.6), (3, 4, 0.5), (2, 3, 0.7)]
+
+
+def test_what_was_measured_is_not_measured_again(pico_llama, plan, tmp_path, monkeypatch):
+    """Of a choice that was killed, and for another number of layers: the plan is that of an undisturbed run."""
+    measured, divergence = [], choose._divergence
+
+    def counted(probe, states):
+        measured.append(0)
+        return divergence(probe, states)
+
+    monkeypatch.setattr(choose, "_divergence", counted)
+    folders = [tmp_path / name for name in ("two", "three", "pieces", "states")]
+    for folder in folders:
+        folder.mkdir()
+    runner = LayerRunner(Checkpoint.open(pico_llama))
+    two = settings(remove=2, protect=0)
+    trial(runner, WINDOWS, CALIBRATION, two, folders[0], *folders[2:], QUIET)
+    known = len(notes_of(folders[2])["damages"])
+    before = len(measured)
+    found, _ = trial(runner, WINDOWS, CALIBRATION, THREE, folders[1], *folders[2:], QUIET)
+    new = len(notes_of(folders[2])["damages"]) - known
+    assert len(measured) - before == new + (new > 0)  # and the model as it is, once a round
+    assert found.to_dict()["steps"] == plan[0]["steps"]
