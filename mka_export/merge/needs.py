@@ -7,7 +7,7 @@ import math
 from mka_export.merge.compete import SELECTION_TOKENS
 from mka_export.merge.fuse import FLOAT
 from mka_export.merge.methods import METHODS
-from mka_export.merge.views import PROBE_WINDOWS
+from mka_export.merge.views import PROBE_WINDOWS, TRIAL_WINDOWS
 from mka_export.models.checkpoint import SHARD_BYTES
 from mka_export.models.outline import Outline
 from mka_export.models.runner import layer_pass_bytes
@@ -26,13 +26,14 @@ def merge_need(model: Outline, remove: int, method: str, tokens: int, window: in
     """
     hidden, width = model.layer[model.architecture.layer["down"]]
     layer = FLOAT * sum(map(math.prod, model.layer.values()))
-    probe = min(tokens, PROBE_WINDOWS * window)
+    windows = tokens // window  # evenly spread ones can be up to twice as many as are wanted
+    few = min(windows, 2 * (PROBE_WINDOWS + TRIAL_WINDOWS)) * window if windows > PROBE_WINDOWS else 0
     boundaries = 2 * (model.num_layers + 1)  # of the original, and of the model under merge
-    states = boundaries * (tokens + (probe if probe < tokens else 0)) * hidden * FLOAT
+    states = boundaries * (tokens + few) * hidden * FLOAT
     fit = (tokens * (2 * hidden + 1) + min(tokens, SELECTION_TOKENS) * 2 * width) * FLOAT
     largest = model.itemsize * max(map(math.prod, model.shapes.values()))
     return Need(
         kept=model.with_layers(model.num_layers - remove).nbytes,
-        scratch=states + fit + remove * layer,
+        scratch=states + fit + 2 * remove * layer,  # every merge on trial, and on everything
         memory=max(layer_pass_bytes(model), METHODS[method].memory(model, tokens), 2 * max(SHARD_BYTES, largest)),
     )
