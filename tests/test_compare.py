@@ -62,7 +62,7 @@ def test_all_methods_are_measured_at_every_ratio(everything):
     for row in found["results"]:
         for key in ("ppl_ratio", "mean_kl", "top1"):
             assert row[key]["low"] <= row[key]["value"] <= row[key]["high"]
-        assert row["seconds"] > 0
+        assert row["seconds"] >= 0
         assert 10**7 < row["peak_memory_bytes"] < 10**10
         assert row["perplexity"] / found["original"]["perplexity"] == pytest.approx(row["ppl_ratio"]["value"])
         assert row["bits_per_byte"] / found["original"]["bits_per_byte"] == pytest.approx(
