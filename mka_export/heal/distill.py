@@ -22,7 +22,7 @@ from mka_export.models.whole import load_whole
 from mka_export.progress import Progress
 from mka_export.workspace import publish_file, seal, sealed
 
-HELD_OUT = 0.05  # of the windows, evenly spread: not trained on, they say when to stop
+HELD_OUT = 20  # one window in so many is not trained on: these say when to stop
 WARM_UP = 0.1  # of the steps
 CLIP = 1.0  # norm of the gradient
 BETAS, EPSILON = (0.9, 0.95), 1e-8
@@ -122,18 +122,17 @@ class _Training:
         pieces: Path,
     ) -> None:
         self._ids, self._teacher, self._healing, self._pieces, self._device = ids, teacher, healing, pieces, device
-        every = max(2, round(1 / HELD_OUT))
-        if len(ids) < every:
+        if len(ids) < HELD_OUT:
             raise MkaError(
-                f"distilling needs at least {every} windows of {ids.shape[1]} tokens, the text has {len(ids)}",
+                f"distilling needs at least {HELD_OUT} windows of {ids.shape[1]} tokens, the text has {len(ids)}",
                 "Give a longer --calibration text, or raise --heal-tokens.",
             )
-        self._held = list(range(every // 2, len(ids), every))
-        self._trained = [i for i in range(len(ids)) if i not in set(self._held)]
+        self._held = range(HELD_OUT // 2, len(ids), HELD_OUT)
+        self._trained = [i for i in range(len(ids)) if i not in self._held]
         self.losses: list[float] = []
         self.held_out: dict[int, float] = {}
         self.best = 0
-        self._model = model = load_whole(checkpoint.path, device)
+        self._model = load_whole(checkpoint.path, device)
         self._model.train()
         norm = self._model.get_submodule(checkpoint.architecture.tensors["norm"].rpartition(".")[0])
         norm.register_forward_pre_hook(self._note_stream)
@@ -142,13 +141,14 @@ class _Training:
         for name, tensor in self._weights.items():
             layer = checkpoint.architecture.split(name)[0]
             tensor.requires_grad_(healing.train == "all" or layer in merged)
-        trained = {name: tensor for name, tensor in self._weights.items() if tensor.requires_grad}
-        self._names = list(trained)
+        self._trainable = {name: tensor for name, tensor in self._weights.items() if tensor.requires_grad}
         if activation_bytes(Outline.of_checkpoint(checkpoint), ids.shape[1]) > CHECKPOINTED:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", FutureWarning)  # it has another name from transformers 6 on
-                model.gradient_checkpointing_enable({"use_reentrant": False})
-        self._optimizer = torch.optim.AdamW(trained.values(), lr=0.0, betas=BETAS, eps=EPSILON, weight_decay=0.0)
+                self._model.gradient_checkpointing_enable({"use_reentrant": False})
+        self._optimizer = torch.optim.AdamW(
+            self._trainable.values(), lr=0.0, betas=BETAS, eps=EPSILON, weight_decay=0.0
+        )
         self._resume()
         if not self.held_out:
             self.look()
@@ -182,10 +182,10 @@ class _Training:
         for window in chosen:  # one at a time: the logits of one are large enough
             divergence, distance = self._loss(window)
             loss = (divergence + HIDDEN * distance) / len(chosen)
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()  # type: ignore[no-untyped-call]  # torch has no types for it
             total += float(loss.detach())
         self._finite(total, f"at step {self.done + 1}")
-        nn.utils.clip_grad_norm_(self._optimizer.param_groups[0]["params"], CLIP)
+        nn.utils.clip_grad_norm_(self._trainable.values(), CLIP)
         self._optimizer.step()
         self.losses.append(total)
 
@@ -198,7 +198,7 @@ class _Training:
             self.best = self.done
             self._publish(self.best_weights, {name: tensor.detach() for name, tensor in self._weights.items()}, {})
         moments = {}
-        for name, tensor in zip(self._names, self._optimizer.param_groups[0]["params"], strict=True):
+        for name, tensor in self._trainable.items():
             moments[f"weight.{name}"] = tensor.detach()
             for key in MOMENTS:
                 moments[f"{key}.{name}"] = self._optimizer.state[tensor].get(key, torch.zeros_like(tensor))
@@ -230,7 +230,7 @@ class _Training:
             self.losses, self.best = about["losses"], about["best"]
             self.held_out = {int(step): value for step, value in about["held_out"]}
             tensors = load_file(file, device=str(self._device))
-            for name, tensor in zip(self._names, self._optimizer.param_groups[0]["params"], strict=True):
+            for name, tensor in self._trainable.items():
                 tensor.data.copy_(tensors[f"weight.{name}"])
                 state = {key: tensors[f"{key}.{name}"] for key in MOMENTS}
                 self._optimizer.state[tensor] = {"step": torch.tensor(float(self.done)), **state}

@@ -26,9 +26,9 @@ def competition_bytes(model: Outline, tokens: int) -> int:
 
 
 def compete(trajectory: Trajectory, position: int, last: int, alpha: float) -> tuple[Fused, dict[str, float]]:
-    """Let both layers' MLP neurons compete for the merged layer's places, and refit ``down_proj``.
+    """Let both layers' heads and MLP neurons compete for the merged layer's places, and refit ``o_proj`` and ``down_proj``.
 
-    The lower layer keeps its attention. Gate and up rows of both layers are put under each other, each
+    The attention is that of ``compete_heads``. Gate and up rows of both layers are put under each other, each
     multiplied by its own norm's weight so that all read the same normalised stream. A ridge regression of
     all their activations on what the original model has after the upper layer, over some of the tokens, gives
     each neuron an output; those that contribute most (‖output‖ × root mean square of the activation) stay, as

@@ -9,6 +9,7 @@ from functools import partial
 from mka_export.merge import choose, fuse
 from mka_export.merge.choose import Choice, Settings
 from mka_export.merge.compete import compete, competition_bytes
+from mka_export.merge.damage import least_damage
 from mka_export.merge.fuse import Fuse
 from mka_export.merge.views import Views
 from mka_export.models.outline import Outline
@@ -38,7 +39,7 @@ class Method:
 
 
 METHODS = {
-    "mka": Method(partial(choose.least_damage, compete), compete, competition_bytes, protect=4, measured=True),
+    "mka": Method(partial(least_damage, compete), compete, competition_bytes, protect=4, measured=True),
     "mka-paper": Method(choose.similar_pairs, fuse.average, fuse.layers_bytes, protect=4, measured=True),
     "tail": Method(choose.tail, fuse.keep, fuse.layers_bytes),
     "shortgpt": Method(choose.least_influence, fuse.keep, fuse.layers_bytes),

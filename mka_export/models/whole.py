@@ -12,7 +12,7 @@ from transformers.utils import logging
 
 def load_whole(path: Path, device: torch.device) -> Any:
     """Load a checkpoint in float32, from safetensors only, without any code of its own."""
-    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]  # transformers has no types for it
     model = AutoModelForCausalLM.from_pretrained(
         path, dtype=torch.float32, trust_remote_code=False, local_files_only=True, use_safetensors=True
     )

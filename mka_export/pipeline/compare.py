@@ -6,6 +6,7 @@ import dataclasses
 import json
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -143,11 +144,13 @@ class Compare(Job):
         disk = max(need.kept + need.scratch for need in needs) - there
         require_room(self.out, disk, "comparing the methods", "Free space there, or choose another --out.")
 
-    @property
+    @cached_property
     def _states(self) -> Path:
-        """The original's states over the calibration text, computed once for all methods."""
+        """The folder of the original's states over the calibration text, computed once for all methods."""
         inputs = {**self.inputs(self.original), "calibration": self.calibration.sha256}
-        return kept_pieces(self.workspace.path / STATES, inputs)
+        folder = kept_pieces(self.workspace.path / STATES, inputs)
+        dense_pass(self.runner, self.calibration.ids, folder, self.progress)
+        return folder
 
     def _evaluation(self) -> dict[str, Any]:
         return {
@@ -187,7 +190,6 @@ class Compare(Job):
         """Merge, measure, and leave only the plan; returns what was found, or why nothing could be."""
         windows, merged, states = self.calibration, folder / "merged", self._states
         merged.mkdir()
-        dense_pass(self.runner, windows.ids, states, self.progress)
         try:
             with PeakMemory() as peak:
                 plan, seconds = trial(
@@ -231,7 +233,10 @@ class Compare(Job):
                 },
                 "original": {"perplexity": value, "perplexity_se": error, "bits_per_byte": original.mean() / bits},
                 "against": OURS,
-                "results": [_figures(row, original, ours.get(row["layers"]), bits) for row in rows],
+                "results": [
+                    _figures(row, original, None if row["name"] == OURS else ours.get(row["layers"]), bits)
+                    for row in rows
+                ],
             }
         )
         return found
@@ -242,7 +247,7 @@ def _means(row: Mapping[str, Any]) -> dict[str, Means]:
 
 
 def _figures(row: Mapping[str, Any], original: Means, ours: Means | None, bits: float) -> dict[str, Any]:
-    """Return one result: figures with 95 % intervals, paired over windows with the original and with our method."""
+    """Return one result: figures with 95 % intervals, paired over windows with the original and, unless None, with ours."""
     if "error" in row:
         return dict(row)
     means = _means(row)
@@ -259,21 +264,25 @@ def _figures(row: Mapping[str, Any], original: Means, ours: Means | None, bits: 
         "bits_per_byte": float(nll.mean()) / bits,
         "mean_kl": dataclasses.asdict(kl),
         "top1": dataclasses.asdict(top1),
-        "ppl_against": None if ours is None or row["name"] == OURS else dataclasses.asdict(against.exp()),
+        "ppl_against": None if ours is None else dataclasses.asdict(against.exp()),
         "seconds": row["seconds"],
         "peak_memory_bytes": row["peak_memory_bytes"],
     }
 
 
 def _contestants(names: str) -> list[Contestant]:
-    known = {one.name: one for one in ALL}
+    """Return the methods of ``--methods``.
+
+    Raises:
+        UsageError: one is none.
+    """
     if names == "all":
         return ALL
     found = []
     for name in dict.fromkeys(part.strip() for part in names.split(",")):
         method, _, schedule = name.partition(":")
         if method not in METHODS or schedule not in ("", ITERATIVE, ONE_SHOT):
-            raise UsageError(unknown_name("--methods", name, known))
+            raise UsageError(unknown_name("--methods", name, [one.name for one in ALL]))
         found.append(Contestant(name, method, schedule or ITERATIVE))
     return found
 

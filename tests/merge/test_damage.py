@@ -9,7 +9,7 @@ import torch
 from merge_tools import CALIBRATION, QUIET, WINDOWS, merged, settings
 from transformers import AutoModelForCausalLM
 
-from mka_export.merge import choose
+from mka_export.merge import damage
 from mka_export.merge.compete import compete
 from mka_export.merge.stage import trial
 from mka_export.merge.steps import Step
@@ -62,7 +62,7 @@ def test_the_least_damage_of_those_most_alike_is_chosen_first(plan):
 
 
 def test_only_the_most_similar_are_measured(pico_llama, tmp_path, monkeypatch):
-    monkeypatch.setattr(choose, "SCREENED", 1)
+    monkeypatch.setattr(damage, "SCREENED", 1)
     similar = json.loads(
         (merged(pico_llama, tmp_path / "a", settings(method="mka-paper", remove=1)) / "plan.json").read_text()
     )
@@ -91,19 +91,19 @@ def test_fits_go_bottom_up_and_no_layer_runs_twice(pico_llama, tmp_path, monkeyp
 
 def test_merges_of_one_layer_keep_their_order():
     steps = [Step([4, 4], [5, 5], 0.5, 0.5), Step([1, 1], [2, 2], 0.6, 0.5), Step([3, 3], [4, 5], 0.7, 0.5)]
-    found = [(c.position, c.last, c.similarity) for c in choose._bottom_up(steps, 7)]
+    found = [(c.position, c.last, c.similarity) for c in damage._bottom_up(steps, 7)]
     assert found == [(1, 2, 0.6), (3, 4, 0.5), (2, 3, 0.7)]
 
 
 def test_what_was_measured_is_not_measured_again(pico_llama, plan, tmp_path, monkeypatch):
     """Of a choice that was killed, and for another number of layers: the plan is that of an undisturbed run."""
-    measured, divergence = [], choose._divergence
+    measured, divergence = [], damage._divergence
 
     def counted(probe, states):
         measured.append(0)
         return divergence(probe, states)
 
-    monkeypatch.setattr(choose, "_divergence", counted)
+    monkeypatch.setattr(damage, "_divergence", counted)
     folders = [tmp_path / name for name in ("two", "three", "pieces", "states")]
     for folder in folders:
         folder.mkdir()

@@ -1,0 +1,153 @@
+"""Which layers ``mka`` merges: a similarity guides, and the damage that a merge does on trial decides."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from itertools import chain
+from pathlib import Path
+
+from torch import Tensor
+from torch.nn import functional
+
+from mka_export.data import load_json, value_of
+from mka_export.merge.choose import Choice, Settings, allowed_pairs, enough_pairs, similar_pairs
+from mka_export.merge.fuse import Fuse
+from mka_export.merge.steps import Step, merge_spans, step_from
+from mka_export.merge.trajectory import Trajectory
+from mka_export.merge.views import Views
+from mka_export.models.checkpoint import save_tensors
+from mka_export.workspace import write_atomically
+
+SCREENED = 4  # of the most similar pairs, whose damage is measured
+PROBED = 4  # every so many-th position tells the damage
+WORST = 1e9  # damage of a merge that makes NaN or infinity
+
+
+def least_damage(fuse: Fuse, settings: Settings, views: Views) -> Iterator[Choice]:
+    """Yield, bottom up, those of the most similar neighbours whose merges turn the model least away from the original.
+
+    A similarity guides and does not decide: of the ``SCREENED`` most similar pairs each is fused on trial, fitted to a
+    few windows, and the model with it run over others, those of the probe. Its damage is by how much the divergence of
+    the predictions there from the original's, KL(original ‖ model), grows. The least is merged, on these windows only,
+    and all is measured again; what was measured of a pair before counts as long as neither layer changes. On the
+    one-shot schedule the similarity decides alone.
+
+    When all are chosen, they are yielded from the lowest to the highest, so that every fit to all windows sees the
+    stream that the merges below it leave, and no layer is run over all of them twice.
+
+    Args:
+        fuse: how layers become one.
+
+    Raises:
+        UsageError: there are not as many pairs as are to be merged.
+    """
+    if settings.schedule != "iterative":
+        yield from similar_pairs(settings, views)
+        return
+    enough_pairs(settings, views.probe)
+    probe, notes = views.probe, _Notes(views.notes)
+    if len(notes.chosen) < settings.remove:
+        for number in range(settings.remove):
+            if number == len(notes.chosen):
+                notes.choose(_least_damaged(fuse, settings, views, notes))
+            step = notes.chosen[number]
+            position, last = step.places([layer.span for layer in probe.layers])
+            file = views.trial.folder / f"chosen-{number}.safetensors"
+            save_tensors(fuse(views.trial, position, last, step.alpha)[0], file)
+            views.replace_on_trial(position, last, file)
+        views.reset()
+    yield from _bottom_up(notes.chosen[: settings.remove], len(probe.layers))
+
+
+def _least_damaged(fuse: Fuse, settings: Settings, views: Views, notes: _Notes) -> Step:
+    """Return the pair, of the most similar ones, whose merge does least damage."""
+    probe, similarities = views.probe, views.similarities.neighbours()
+    order = sorted(allowed_pairs(settings, probe), key=similarities.__getitem__, reverse=True)
+    steps = {place: _step(settings, views, place, similarities[place]) for place in order[:SCREENED]}
+    new = [place for place, step in steps.items() if not notes.knows(step)]
+    now = _divergence(probe, probe.outcome(len(probe.layers), ())) if new else 0.0
+    for place in new:
+        notes.measure(steps[place], _divergence(probe, _on_trial(fuse, views, place, steps[place].alpha)) - now)
+    return min(steps.values(), key=notes.damage)
+
+
+def _step(settings: Settings, views: Views, place: int, similarity: float) -> Step:
+    lower, upper = views.probe.layers[place : place + 2]
+    return Step(lower.span, upper.span, similarity, settings.weight(similarity))
+
+
+def _bottom_up(steps: Sequence[Step], layers: int) -> Iterator[Choice]:
+    """Yield the merges of each layer that is left, in their order, from the lowest layer to the highest."""
+    spans = [[i, i] for i in range(layers)]
+    for step in steps:
+        merge_spans(spans, *step.places(spans))
+    first = {layer: span[0] for span in spans for layer in range(span[0], span[1] + 1)}
+    spans = [[i, i] for i in range(layers)]
+    for step in sorted(steps, key=lambda step: first[step.lower[0]]):
+        position, last = step.places(spans)
+        yield Choice(position, last, step.similarity, step.alpha)
+        merge_spans(spans, position, last)
+
+
+class _Notes:
+    """What was measured and chosen, on disk as soon as it is known: an interrupted choice goes on there.
+
+    Attributes:
+        chosen: the merges, in the order in which they were chosen.
+    """
+
+    def __init__(self, file: Path) -> None:
+        self._file = file
+        try:
+            found = load_json(file)
+            self._damages = {pair: value_of(found["damages"], pair, float) for pair in value_of(found, "damages", dict)}
+            self.chosen = [step_from(step) for step in value_of(found, "chosen", list)]
+        except (OSError, ValueError):
+            self._damages, self.chosen = {}, []
+
+    def knows(self, step: Step) -> bool:
+        """Whether the damage of a merge was measured."""
+        return _key(step) in self._damages
+
+    def damage(self, step: Step) -> float:
+        """Return the damage of a merge, which was measured."""
+        return self._damages[_key(step)]
+
+    def measure(self, step: Step, damage: float) -> None:
+        """Note what a merge would do."""
+        self._damages[_key(step)] = damage
+        self._write()
+
+    def choose(self, step: Step) -> None:
+        """Note that a merge is the next."""
+        self.chosen.append(step)
+        self._write()
+
+    def _write(self) -> None:
+        write_atomically(self._file, {"damages": self._damages, "chosen": [asdict(step) for step in self.chosen]})
+
+
+def _key(step: Step) -> str:
+    return f"{step.lower}+{step.upper}"
+
+
+def _on_trial(fuse: Fuse, views: Views, place: int, alpha: float) -> Tensor:
+    """Return the probe's final states if the layer at ``place`` and the next were fused as the trial's windows say."""
+    fused, _ = fuse(views.trial, place, place + 1, alpha)
+    kind = views.probe.layers[place].first
+    return views.probe.outcome(place, chain([(kind, lambda: fused)], views.probe.above(place + 1)))
+
+
+def _divergence(probe: Trajectory, states: Tensor) -> float:
+    """Return the mean KL(original ‖ model) of the next token, in nats, that final states (N, T, hidden) of the probe give.
+
+    Every ``PROBED``-th position is looked at.
+    """
+    total, top = 0.0, probe.runner.checkpoint.num_layers
+    for window, mine in enumerate(states):
+        (original,) = probe.original(top, slice(window, window + 1))
+        p, q = (probe.runner.logits(each[PROBED - 1 :: PROBED]).log_softmax(dim=-1) for each in (original, mine))
+        total += float(functional.kl_div(q, p, reduction="batchmean", log_target=True))
+    return total / len(states) if math.isfinite(total) else WORST
