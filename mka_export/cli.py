@@ -56,17 +56,20 @@ def _say_how_to_go_on() -> None:
     click.echo(f"mka-export: interrupted. What was finished is kept; to go on: {again}", err=True)
 
 
-@click.group(cls=Group, default="run", default_if_no_args=False, epilog=EPILOG)
+HELP = """Make a language model shallower, export it, and prove that it still works.
+
+\b
+  mka-export smollm2-135m --ratio 0.1 --to gguf-q4
+  mka-export llama3-8b --ratio 0.4 --to gguf-q4
+
+MODEL is a name from 'mka-export models', a hub id, a checkpoint folder or a .gguf file.
+"""  # \b: click keeps the lines after it apart
+
+
+@click.group(cls=Group, default="run", default_if_no_args=False, help=HELP, epilog=EPILOG)
 @click.version_option(__version__, prog_name="mka-export")
 def main() -> None:
-    r"""Make a language model shallower, export it, and prove that it still works.
-
-    \b
-      mka-export smollm2-135m --ratio 0.1 --to gguf-q4
-      mka-export llama3-8b --ratio 0.4 --to gguf-q4
-
-    MODEL is a name from 'mka-export models', a hub id, a checkpoint folder or a .gguf file.
-    """
+    """Answer for ``mka-export``."""
 
 
 @main.command(epilog=EPILOG)

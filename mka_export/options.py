@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import functools
 import math
+import re
 from collections.abc import Callable
 from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import click
 
 ITERATIVE, ONE_SHOT = "iterative", "one-shot"
+AUTO = "auto"
 
 Command = Callable[..., Any]
 FILE = click.Path(path_type=Path, dir_okay=False)
@@ -26,6 +28,28 @@ class FiniteRange(click.FloatRange):
         if not math.isfinite(number):
             self.fail(f"{value!r} is no finite number.", param, ctx)
         return number
+
+
+class Ratio(click.types.FloatParamType):
+    """A number, or ``auto``."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """Turn what was typed into one of both."""
+        return AUTO if value == AUTO else super().convert(value, param, ctx)
+
+
+class Size(click.types.IntParamType):
+    """Bytes, with a unit or without: 800MB, 1.5GB, 700MiB."""
+
+    name = "size"
+    units: ClassVar[dict[str, int]] = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "MIB": 2**20, "GIB": 2**30}
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        """Turn what was typed into a number of bytes."""
+        found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", str(value))
+        if found is None or (unit := self.units.get(found[2].upper())) is None or (size := float(found[1]) * unit) < 1:
+            self.fail(f"{value!r} is no size, as 800MB or 1.5GB are.", param, ctx)
+        return int(size)
 
 
 def option(default: Any, help: str, **click_arguments: Any) -> Any:
@@ -53,11 +77,13 @@ class TextOptions:
 class MergeOptions:
     """How layers are chosen and merged."""
 
-    ratio: float | None = option(
+    ratio: float | str | None = option(
         None,
-        "Share of layers to remove: 0.1 of 30 layers removes 3. Rounded to the nearest layer, halves up.",
-        type=float,
+        "Share of layers to remove: 0.1 of 30 layers removes 3. Rounded to the nearest layer, halves up. auto: as many "
+        "as --max-ppl-ratio or the target allows, or as few as --max-size asks for.",
+        type=Ratio(),
     )
+    max_size: int | None = option(None, "With --ratio auto: bytes of each artifact, e.g. 800MB.", type=Size())
     method: str = option(
         "mka",
         "How layers are chosen and become one: mka, mka-paper, or one to compare with: tail, shortgpt, pruneme, sleb, "

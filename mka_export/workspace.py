@@ -124,7 +124,7 @@ class Workspace:
         else:
             self.progress.say(f"{name}: there already, kept")
             shutil.rmtree(pieces_folder(final), ignore_errors=True)  # the run that published it was killed
-        self.stages.append(stage)
+        self.stages = [*(other for other in self.stages if other.name != name), stage]
         return stage
 
     def write_manifest(self, contents: Mapping[str, Any]) -> None:

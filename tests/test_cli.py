@@ -17,6 +17,7 @@ from click.testing import CliRunner, Result
 from transformers import AutoModelForCausalLM
 
 from mka_export.cli import main
+from mka_export.parity import verdict
 
 SMALL = ["--windows", "6", "--window-tokens", "64", "--calibration-tokens", "1024", "--device", "cpu", "--quiet"]
 MERGE = ["--ratio", "0.3", "--protect", "1"]
@@ -149,6 +150,23 @@ def test_report_holds_what_was_measured(done):
     assert f16["comparisons"]["conversion"]["kl"]["mean"] < q4["comparisons"]["conversion"]["kl"]["mean"]
     assert f16["comparisons"]["conversion"]["kl"]["mean"] < 0.001 < f16["comparisons"]["compression"]["kl"]["mean"]
     assert f16["artifact"]["nbytes"] > q4["artifact"]["nbytes"]
+
+
+def test_merging_alone_says_what_was_lost(model, tmp_path):
+    result = type_in("merge", model, *MERGE, "--out", tmp_path / "out", *[s for s in SMALL if s != "--quiet"])
+    found = json.loads((tmp_path / "out" / "parity" / "merged" / "parity.json").read_text())
+    assert [step["name"] for step in found["steps"]] == ["original", "artifact"]
+    assert "to the original's: " in result.stderr.splitlines()[-2]
+    assert result.stdout == f"{tmp_path / 'out' / 'merged'}\n"
+
+
+def test_an_exploded_perplexity_is_said_even_if_nothing_else_is(model, tmp_path, monkeypatch):
+    monkeypatch.setattr(verdict, "EXPLODED", 0.5)
+    monkeypatch.setattr(verdict, "_at_chance", lambda *_: False)  # as the model, which nobody trained, is
+    result = type_in("merge", model, *MERGE, "--out", tmp_path / "out", *SMALL)
+    assert result.exit_code == 0
+    assert result.stderr.startswith("Warning: The perplexity exploded: ")
+    assert len(result.stderr.splitlines()) == 1
 
 
 def test_second_run_repeats_nothing_and_changes_no_byte(done, model):

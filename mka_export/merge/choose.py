@@ -264,7 +264,7 @@ def _angular(trajectory: Trajectory, one: int, other: int) -> float:
 def _loss(trajectory: Trajectory, states: Tensor) -> float:
     """Return the mean loss of the next token, in nats, that final states (N, T, hidden) give."""
     losses = [
-        functional.cross_entropy(trajectory.runner.logits(window[:-1]).cpu(), ids[1:])
+        functional.cross_entropy(trajectory.runner.logits(window[:-1]), ids[1:].to(window.device))
         for window, ids in zip(states, trajectory.ids, strict=True)
     ]
     return float(torch.stack(losses).mean())

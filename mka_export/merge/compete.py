@@ -5,9 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mka_export.merge.fit_tokens import FIT_TOKENS, ROWS, FitTokens, normed
+from mka_export.merge.fit_tokens import FIT_TOKENS, ROWS, FitTokens, attention_weights, normed
 from mka_export.merge.fuse import FLOAT, Fused
-from mka_export.merge.heads import compete_heads, heads_bytes
 from mka_export.merge.ridge import ridge, ridge_values
 from mka_export.merge.states import StatesFile
 from mka_export.merge.trajectory import Trajectory
@@ -17,18 +16,18 @@ SELECTION_TOKENS = 8192  # that decide which neurons stay; 2 048 make SmolLM2 at
 
 
 def competition_bytes(model: Outline, tokens: int) -> int:
-    """The largest of the three regressions of ``compete``, in float32."""
+    """The larger of the two regressions of ``compete``, in float32."""
     hidden, width = model.layer[model.architecture.layer["down"]]
     both = 2 * width
     choice = ridge_values(min(tokens, SELECTION_TOKENS), both, hidden) + both * hidden + 3 * FIT_TOKENS * both
     fit = ridge_values(tokens, width, hidden) + 3 * width * hidden + 3 * FIT_TOKENS * width
-    return max(FLOAT * choice, FLOAT * fit, heads_bytes(model))
+    return FLOAT * max(choice, fit)
 
 
 def compete(trajectory: Trajectory, position: int, last: int, alpha: float) -> tuple[Fused, dict[str, float]]:
-    """Let both layers' heads and MLP neurons compete for the merged layer's places, and refit ``o_proj`` and ``down_proj``.
+    """Let both layers' MLP neurons compete for the merged layer's places, and refit ``down_proj``.
 
-    The attention is that of ``compete_heads``. Gate and up rows of both layers are put under each other, each
+    The lower layer keeps its attention. Gate and up rows of both layers are put under each other, each
     multiplied by its own norm's weight so that all read the same normalised stream. A ridge regression of
     all their activations on what the original model has after the upper layer, over some of the tokens, gives
     each neuron an output; those that contribute most (‖output‖ × root mean square of the activation) stay, as
@@ -38,8 +37,7 @@ def compete(trajectory: Trajectory, position: int, last: int, alpha: float) -> t
     ``alpha`` plays no part: the data say how many neurons each layer keeps. See docs/method.md.
     """
     roles = trajectory.runner.checkpoint.architecture.layer
-    attention, figures = compete_heads(trajectory, position, last)
-    tokens = FitTokens(trajectory, position, last, attention, relative=True)
+    tokens = FitTokens(trajectory, position, last, relative=True)
 
     places, name = (position, last), roles["down"]
     down = torch.cat([trajectory.weights(place, name)[name] for place in places], dim=1)
@@ -61,13 +59,13 @@ def compete(trajectory: Trajectory, position: int, last: int, alpha: float) -> t
     # Scale moves freely between the norm and the columns: even columns quantize best.
     scale = ((gate.square().mean(dim=0) + up.square().mean(dim=0)) / 2).sqrt().clamp_min(1e-6)
     fused = {
-        **attention,
+        **attention_weights(trajectory, position),
         roles["mlp_norm"]: scale,
         roles["gate"]: gate.div_(scale),
         roles["up"]: up.div_(scale),
         roles["down"]: fit.weights,
     }
-    return fused, figures | {
+    return fused, {
         "neurons_from_upper": float((kept >= width).float().mean()),
         "unexplained": fit.unexplained,
     }

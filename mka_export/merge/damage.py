@@ -20,7 +20,7 @@ from mka_export.merge.views import Views
 from mka_export.models.checkpoint import save_tensors
 from mka_export.workspace import write_atomically
 
-SCREENED = 4  # of the most similar pairs, whose damage is measured
+SCREENED = 8  # of the most similar pairs, whose damage is measured
 PROBED = 4  # every so many-th position tells the damage
 WORST = 1e9  # damage of a merge that makes NaN or infinity
 

@@ -10,14 +10,14 @@ from torch import Tensor
 from mka_export.errors import UnsupportedError
 from mka_export.merge.states import StatesFile
 from mka_export.merge.trajectory import Trajectory
-from mka_export.models.runner import Weights, check_finite
+from mka_export.models.runner import check_finite
 
 FIT_TOKENS = 512  # whose neurons are in memory at a time: 59 MB for the 28 672 of two layers of an 8B model
 ROWS = ("gate", "up")  # the roles that read the stream
 
 
-def attention_names(trajectory: Trajectory, position: int) -> list[str]:
-    """Return the names of all a layer's tensors before its MLP and the norm of that.
+def attention_weights(trajectory: Trajectory, position: int) -> dict[str, Tensor]:
+    """Return the weights of a layer before its MLP and the norm of that.
 
     Raises:
         UnsupportedError: the MLP has biases, which the fits are not written for.
@@ -28,7 +28,7 @@ def attention_names(trajectory: Trajectory, position: int) -> list[str]:
     names = [checkpoint.architecture.split(name)[1] for name in found]
     if any(name.startswith(mlp) and name.endswith(".bias") for name in names):
         raise UnsupportedError("neurons with biases cannot be fitted", "Use --method mka-paper.")
-    return [name for name in names if name != norm and not name.startswith(mlp)]
+    return trajectory.weights(position, *(name for name in names if name != norm and not name.startswith(mlp)))
 
 
 def normed(trajectory: Trajectory, position: int, name: str) -> Tensor:
@@ -42,14 +42,13 @@ class FitTokens:
     """What the MLP of the lowest layer of some reads, and what it should add, for every calibration token, on disk.
 
     Args:
-        position: the place of the lowest layer, whose kind the merged one has.
-        attention: the weights of everything before its MLP.
+        position: the place of the lowest layer, whose attention the merged one has.
         last: that of the highest: what the original has after it is what the stream should be.
         relative: every token counts relative to its own stream, since later layers normalise what they read. (Some
             tokens, the first above all, have one hundreds of times larger, and would decide the fit.)
     """
 
-    def __init__(self, trajectory: Trajectory, position: int, last: int, attention: Weights, *, relative: bool) -> None:
+    def __init__(self, trajectory: Trajectory, position: int, last: int, *, relative: bool) -> None:
         from transformers.activations import ACT2FN  # seconds, which bad input need not wait for
 
         runner, checkpoint = trajectory.runner, trajectory.runner.checkpoint
@@ -64,12 +63,12 @@ class FitTokens:
                 ("weights", 1),
             )
         )
+        weights = attention_weights(trajectory, position)
         # A norm's weight of 1 hands on the bare normalised stream.
-        ones = torch.ones(checkpoint.hidden_size, device=runner.device)
-        weights = {**attention, checkpoint.architecture.layer["mlp_norm"]: ones}
+        weights[checkpoint.architecture.layer["mlp_norm"]] = torch.ones(checkpoint.hidden_size, device=runner.device)
         kind, first = trajectory.layers[position].first, 0
         for batch in trajectory.batches():
-            stream, inputs, _ = runner.before_mlp(kind, weights, trajectory.before(position, batch))
+            stream, inputs = runner.before_mlp(kind, weights, trajectory.before(position, batch))
             check_finite(stream, f"layer {kind}, merged", trajectory.windows[batch])
             original = trajectory.original(trajectory.layers[last].last + 1, batch)
             size = original.square().mean(dim=-1, keepdim=True)

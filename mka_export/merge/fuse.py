@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from mka_export.errors import UnsupportedError
-from mka_export.merge.fit_tokens import FIT_TOKENS, ROWS, FitTokens, attention_names, normed
+from mka_export.merge.fit_tokens import FIT_TOKENS, ROWS, FitTokens, normed
 from mka_export.merge.ridge import ridge, ridge_values
 from mka_export.merge.trajectory import Trajectory
 from mka_export.models.outline import Outline
@@ -82,8 +82,7 @@ def linear_map(trajectory: Trajectory, position: int, last: int, alpha: float) -
     after the last layer. It is folded into ``down_proj``.
     """
     roles = trajectory.runner.checkpoint.architecture.layer
-    attention = trajectory.weights(position, *attention_names(trajectory, position))
-    tokens = FitTokens(trajectory, position, last, attention, relative=False)
+    tokens = FitTokens(trajectory, position, last, relative=False)
     gate, up = (normed(trajectory, position, roles[role]) for role in ROWS)
     fused = trajectory.weights(position)
     down = fused[roles["down"]]

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from mka_export.errors import MkaError
 
-RIDGE = 0.1
+PULL = 1.0  # strength of a pull times rows per feature
 FLOOR = 1e-6  # of the features' mean square, added to each one's: one that is always 0 keeps its weight
 Blocks = Callable[[], Iterator[tuple[Tensor, Tensor]]]  # of A (n, features) and Y (n, outputs), float32
 
@@ -32,7 +32,7 @@ class Fit:
     unexplained: float
 
 
-def ridge(blocks: Blocks, rows: int, prior: Tensor, strength: float = RIDGE) -> Fit:
+def ridge(blocks: Blocks, rows: int, prior: Tensor, strength: float | None = None) -> Fit:
     """Return the W that minimises ‖A Wᵀ − Y‖² + Σ_j λ_j ‖w_j − prior_j‖² with λ_j = strength × (AᵀA)_jj.
 
     So what is held back is the change of each feature's contribution, whatever the feature's own scale.
@@ -44,13 +44,22 @@ def ridge(blocks: Blocks, rows: int, prior: Tensor, strength: float = RIDGE) -> 
         blocks: the rows of A and Y.
         rows: how many there are.
         prior: the known weights, (outputs, features).
-        strength: of the pull towards them.
+        strength: of the pull towards them; by default ``pull``.
 
     Raises:
         MkaError: the rows hold NaN or infinity.
     """
-    solve = _in_rows if rows < prior.shape[1] else _in_features
-    return solve(blocks, rows, prior, strength)
+    features = prior.shape[1]
+    solve = _in_rows if rows < features else _in_features
+    return solve(blocks, rows, prior, pull(rows, features) if strength is None else strength)
+
+
+def pull(rows: int, features: int) -> float:
+    """Return how strongly known weights should hold: the fewer rows there are for each feature, the more.
+
+    Generalised cross-validation (Golub, Heath & Wahba 1979) chooses about as much; see docs/method.md.
+    """
+    return PULL * features / rows
 
 
 def ridge_values(rows: int, features: int, outputs: int) -> int:
@@ -120,90 +129,7 @@ def _energy(values: Tensor) -> float:
 
 def _solve(matrix: Tensor, right: Tensor) -> Tensor:
     """Solve for a positive definite matrix, of which the lower triangle is read."""
-    if not bool(torch.isfinite(right).all()):
-        raise _not_finite()
-    return torch.cholesky_solve(right, _factor(matrix))
-
-
-class Elimination:
-    """A ridge regression whose features come in groups, of which the most useful are to be kept.
-
-    Args:
-        prior: the known weights W, (outputs, features): what they are pulled to, as in ``ridge``.
-        groups: of neighbouring features, all of one size.
-        strength: of the pull.
-    """
-
-    def __init__(self, prior: Tensor, groups: int, strength: float = RIDGE) -> None:
-        outputs, features = prior.shape
-        self._prior, self._groups, self._strength, self._energy = prior, groups, strength, 0.0
-        self._gram, self._cross = prior.new_zeros(features, features), prior.new_zeros(features, outputs)
-
-    def add(self, a: Tensor, y: Tensor) -> None:
-        """Add rows of A (n, features) and Y (n, outputs)."""
-        self._gram.addmm_(a.T, a)
-        self._cross.addmm_(a.T, y)
-        self._energy += _energy(y)
-
-    def keep(self, count: int) -> tuple[Tensor, Fit]:
-        """Return the ``count`` groups that are left, ascending, and the fit of their features; afterwards it is used up.
-
-        One after another that group goes whose absence, with all others fitted anew, adds least to what is minimised.
-        With H the matrix of the equations, V their solution and Q = H⁻¹ that is tr(V_gᵀ Q_gg⁻¹ V_g), and what is left
-        solves V ← V − Q_{·g} Q_gg⁻¹ V_g, Q ← Q − Q_{·g} Q_gg⁻¹ Q_{g·} (Hassibi & Stork 1992, for blocks).
-
-        Raises:
-            MkaError: the rows hold NaN or infinity.
-        """
-        size = len(self._gram) // self._groups
-        squares = self._gram.diagonal().clone()
-        scale = _scale(squares)
-        equations = self._gram.mul_(1 / scale).mul_(1 / scale[:, None])
-        cross = self._cross.mul_(1 / scale[:, None])
-        equations.diagonal().add_(self._strength)
-        inverse = _inverse(equations)
-        solution = inverse @ (cross + self._strength * self._prior.T * scale[:, None])
-        left = list(range(self._groups))
-        while len(left) > count:
-            _, gone = min((_cost(inverse, solution, slice(g * size, (g + 1) * size)), g) for g in left)
-            part = slice(gone * size, (gone + 1) * size)
-            block = _inverse(inverse[part, part])
-            columns = inverse[:, part] @ block
-            solution -= columns @ solution[part]
-            inverse -= columns @ inverse[part]
-            left.remove(gone)
-        equations.diagonal().sub_(self._strength)
-        unexplained = self._energy - 2 * float((solution * cross).sum(dtype=torch.float64))
-        unexplained += float((solution * (equations @ solution)).sum(dtype=torch.float64))
-        kept = torch.tensor(left, device=scale.device)
-        rows = torch.cat([torch.arange(g * size, (g + 1) * size, device=scale.device) for g in left])
-        weights = (solution[rows] / scale[rows, None]).T.contiguous()
-        return kept, Fit(weights, squares[rows].sqrt(), max(0.0, unexplained / self._energy))
-
-
-def elimination_values(features: int, outputs: int) -> int:
-    """How many numbers ``Elimination`` holds at most: its matrix, the inverse and a change of it, the solution."""
-    return features * (4 * features + 4 * outputs)
-
-
-def _cost(inverse: Tensor, solution: Tensor, part: slice) -> float:
-    block = _inverse(inverse[part, part])
-    return float((solution[part] * (block @ solution[part])).sum(dtype=torch.float64))
-
-
-def _inverse(matrix: Tensor) -> Tensor:
-    inverse: Tensor = torch.cholesky_inverse(_factor(matrix))
-    return inverse
-
-
-def _factor(matrix: Tensor) -> Tensor:
-    """The Cholesky factor of a positive definite matrix, of which the lower triangle is read."""
-    factor: Tensor
     factor, failed = torch.linalg.cholesky_ex(matrix)
-    if int(failed) != 0:
-        raise _not_finite()
-    return factor
-
-
-def _not_finite() -> MkaError:
-    return MkaError("a least-squares fit met NaN or infinity", "The model is damaged or needs another precision.")
+    if int(failed) != 0 or not bool(torch.isfinite(right).all()):
+        raise MkaError("a least-squares fit met NaN or infinity", "The model is damaged or needs another precision.")
+    return torch.cholesky_solve(right, factor)

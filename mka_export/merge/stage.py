@@ -37,16 +37,26 @@ def layers_to_remove(ratio: float, layers: int, protect: int) -> int:
     """
     if not 0.0 < ratio < 1.0:
         raise UsageError(f"--ratio {ratio}: it is the share of layers to remove, between 0 and 1", "For example 0.2.")
-    if not 0 <= protect < layers:
-        raise UsageError(f"--protect {protect}: the model has {layers} layers")
+    most = removable(layers, protect)
     remove = max(1, int(ratio * layers + 0.5))
-    if remove > layers - protect - 1:
+    if remove > most:
         raise UsageError(
-            f"--ratio {ratio} removes {remove} of {layers} layers; with the first {protect} protected at most "
-            f"{layers - protect - 1} can go",
+            f"--ratio {ratio} removes {remove} of {layers} layers; with the first {protect} protected at most {most} "
+            "can go",
             "Lower --ratio or --protect.",
         )
     return remove
+
+
+def removable(layers: int, protect: int) -> int:
+    """Return how many layers can go at most.
+
+    Raises:
+        UsageError: fewer layers than are protected.
+    """
+    if not 0 <= protect < layers:
+        raise UsageError(f"--protect {protect}: the model has {layers} layers")
+    return layers - protect - 1
 
 
 def merge_stage(

@@ -113,31 +113,24 @@ class LayerRunner:
         (after,) = _as_memory_allows(work, states)
         return after
 
-    def before_mlp(self, index: int, weights: Weights, states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def before_mlp(self, index: int, weights: Weights, states: Tensor) -> tuple[Tensor, Tensor]:
         """Apply all of layer ``index`` but its MLP, whose weights need not be there.
 
         Returns:
-            the stream that the MLP would add to, what the MLP would read, both of ``states``' shape; and what the heads
-            bring to ``o_proj``: (batch, T, heads × head size).
+            the stream that the MLP would add to, and what the MLP would read: both of ``states``' shape.
         """
-        architecture, layer = self.checkpoint.architecture, self.layer_module(index)
-        mlp, silent = layer.get_submodule(architecture.mlp), _SilentMLP()
-        projection = layer.get_submodule(architecture.layer["o"].rpartition(".")[0])
+        layer, name = self.layer_module(index), self.checkpoint.architecture.mlp
+        mlp, silent = layer.get_submodule(name), _SilentMLP()
 
-        def work(states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-            heads: list[Tensor] = []
-            handle = projection.register_forward_pre_hook(lambda _module, inputs: heads.append(inputs[0]))
-            try:
-                return self._run_layer(index, weights, states), silent.inputs, heads[0]
-            finally:
-                handle.remove()
+        def work(states: Tensor) -> tuple[Tensor, Tensor]:
+            return self._run_layer(index, weights, states), silent.inputs
 
         try:
-            setattr(layer, architecture.mlp, silent)
-            stream, inputs, heads = _as_memory_allows(work, states)
-            return stream, inputs, heads
+            setattr(layer, name, silent)
+            stream, inputs = _as_memory_allows(work, states)
+            return stream, inputs
         finally:
-            setattr(layer, architecture.mlp, mlp)
+            setattr(layer, name, mlp)
 
     @torch.no_grad()
     def _run_layer(self, index: int, weights: Weights, states: Tensor) -> Tensor:

@@ -54,3 +54,9 @@ def leading_id(tokenizer: PreTrainedTokenizerBase) -> int | None:
     """Return the BOS id if the tokenizer puts one before every text, else None."""
     ids = tokenizer.encode("a")
     return tokenizer.bos_token_id if ids and ids[0] == tokenizer.bos_token_id else None
+
+
+def ordinary_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Return all ids but those of special and added tokens."""
+    others = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
+    return [i for i in sorted(tokenizer.get_vocab().values()) if i not in others]

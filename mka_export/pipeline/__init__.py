@@ -27,8 +27,8 @@ from mka_export.options import (
 from mka_export.pipeline.export import REPORT, Export
 from mka_export.pipeline.job import SAMPLED, Job, stem
 from mka_export.pipeline.machine import examine
-from mka_export.pipeline.requests import check_merge, given_limits, load_targets
-from mka_export.report import print_forecast, print_machine, write_report
+from mka_export.pipeline.requests import check_limit, check_merge, given_limits, load_targets
+from mka_export.report import print_forecast, print_loss, print_machine, write_report
 from mka_export.target import Artifact, Limits, Target
 from mka_export.workspace import Workspace
 
@@ -49,12 +49,18 @@ def run(
 ) -> int:
     """Merge a model, make every target from it, and measure each against the original; returns the exit code."""
     check_merge(merge)
-    export = Export(model, merge, heal, load_targets(convert, limits), texts, device, output, "mka")
+    targets = load_targets(convert, limits)
+    check_limit(merge, targets, texts)
+    export = Export(model, merge, heal, targets, texts, device, output, "mka")
 
     def work() -> int:
-        export.merge()
-        export.heal()
-        return export.export()
+        export.settle_depth()
+        while True:
+            export.merge()
+            export.heal()
+            made = export.make()
+            if not export.step_back(made):
+                return export.finish(made)
 
     return _carry_out(export, preview, work)
 
@@ -68,14 +74,17 @@ def merge_only(
     output: OutputOptions,
     preview: PreviewOptions,
 ) -> int:
-    """Merge a model, and heal it if that is asked for; prints the checkpoint's folder; returns the exit code."""
+    """Merge a model, and heal it if that is asked for; prints the checkpoint's folder, and on stderr what it lost."""
     check_merge(merge)
+    check_limit(merge, [], texts)
     export = Export(model, merge, heal, [], texts, device, output, "mka")
 
     def work() -> int:
         made = export.merge()
         made = export.heal() or made
+        lost = export.judge(made)
         export.write_manifest()
+        print_loss(lost, Console(stderr=True, soft_wrap=True), quiet=output.quiet)
         print(made.path)
         return 0
 
@@ -93,7 +102,7 @@ def convert_only(
 ) -> int:
     """Make every target from a model as it is, and measure each against it; returns the exit code."""
     export = Export(model, None, HealOptions(), load_targets(convert, limits), texts, device, output, "export")
-    return _carry_out(export, preview, export.export)
+    return _carry_out(export, preview, lambda: export.finish(export.make()))
 
 
 def _carry_out(export: Export, preview: PreviewOptions, work: Callable[[], int]) -> int:

@@ -6,7 +6,6 @@ import dataclasses
 import json
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +14,11 @@ from numpy.typing import NDArray
 
 from mka_export.errors import UnsupportedError, UsageError, unknown_name
 from mka_export.inputs import CALIBRATION_WINDOW
-from mka_export.memory import PeakMemory
 from mka_export.merge.choose import Settings
 from mka_export.merge.measures import DEFAULT, MEASURES
 from mka_export.merge.methods import METHODS
 from mka_export.merge.needs import merge_need
-from mka_export.merge.stage import PLAN, dense_pass, layers_to_remove, trial
+from mka_export.merge.stage import layers_to_remove
 from mka_export.models.checkpoint import read_json
 from mka_export.models.outline import Outline
 from mka_export.models.runner import NotFinite
@@ -36,17 +34,16 @@ from mka_export.options import (
 )
 from mka_export.parity.comparison import ORIGINAL
 from mka_export.parity.metrics import ARTIFACT, score
-from mka_export.parity.runtimes.torch_runtime import TorchRuntime
 from mka_export.parity.statistics import bootstrap_means, perplexity
 from mka_export.pipeline.export import merge_settings
 from mka_export.pipeline.job import PACKAGES, SAMPLED, Job, stem, versions
 from mka_export.pipeline.requests import check_merge
+from mka_export.pipeline.trials import Trials
 from mka_export.report import draw_methods, print_methods, with_nulls
 from mka_export.workspace import Workspace, kept_pieces, pieces_folder, write_atomically, write_json
 
 FORMAT = "mka-export/comparison"
 RESULT, COMPARISON, PICTURES = "result.json", "comparison.json", ("comparison.png", "comparison.svg")
-STATES = "states"  # not a stage: what all methods begin with
 OURS = "mka"  # which the others are held against
 
 Means = NDArray[np.float64]  # (windows,): the mean over a window's predicted tokens
@@ -106,9 +103,10 @@ class Compare(Job):
             self.open()
             planned = [(one, list(self._settings(one))) for one in self.contestants]
             self._check_room([settings for _, several in planned for settings in several])
+            self._trials = Trials(self)
             original = self._original()
             rows = [row for one, several in planned for row in self._method(one, several)]
-            shutil.rmtree(pieces_folder(self.workspace.path / STATES), ignore_errors=True)
+            self._trials.end()
             found = self._summary(original, rows)
             write_atomically(self.workspace.path / COMPARISON, found)
             draw_methods(found, [self.workspace.path / name for name in PICTURES])
@@ -143,14 +141,6 @@ class Compare(Job):
         there = sum(path.stat().st_size for path in self.out.glob(".*.pieces/**/*") if path.is_file())
         disk = max(need.kept + need.scratch for need in needs) - there
         require_room(self.out, disk, "comparing the methods", "Free space there, or choose another --out.")
-
-    @cached_property
-    def _states(self) -> Path:
-        """The folder of the original's states over the calibration text, computed once for all methods."""
-        inputs = {**self.inputs(self.original), "calibration": self.calibration.sha256}
-        folder = kept_pieces(self.workspace.path / STATES, inputs)
-        dense_pass(self.runner, self.calibration.ids, folder, self.progress)
-        return folder
 
     def _evaluation(self) -> dict[str, Any]:
         return {
@@ -188,24 +178,17 @@ class Compare(Job):
 
     def _try(self, settings: Settings, folder: Path, pieces: Path) -> dict[str, Any]:
         """Merge, measure, and leave only the plan; returns what was found, or why nothing could be."""
-        windows, merged, states = self.calibration, folder / "merged", self._states
-        merged.mkdir()
         try:
-            with PeakMemory() as peak:
-                plan, seconds = trial(
-                    self.runner, windows.ids, windows.describe(), settings, merged, pieces, states, self.progress
-                )
-            runtime = TorchRuntime(merged, device=self.device.device, progress=self.progress)
-            scores = score(self.evaluation.ids, runtime, {ORIGINAL: self.reference}, self.progress)
+            references = {ORIGINAL: self.reference}
+            trial = self._trials.carry_out(settings, folder, pieces, self.evaluation.ids, references)
         except (UsageError, UnsupportedError, NotFinite) as error:
             return {"error": str(error)}
-        finally:
-            shutil.rmtree(merged)
-        write_json(folder / PLAN, plan.to_dict())
+        scores = trial.scores
         divergence = scores.divergence[ORIGINAL]
         values = {"nll": scores.nll[ARTIFACT], "kl": divergence.kl, "top1": divergence.same_top}
         means = {name: each.mean(axis=1).tolist() for name, each in values.items()}
-        found: dict[str, Any] = with_nulls({"seconds": round(seconds, 2), "peak_memory_bytes": peak.nbytes, **means})
+        cost = {"seconds": round(trial.seconds, 2), "peak_memory_bytes": trial.peak_memory}
+        found: dict[str, Any] = with_nulls({**cost, **means})
         return found
 
     def _summary(self, original: Means, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from mka_export.merge.choose import Settings
 from mka_export.merge.methods import METHODS
 from mka_export.merge.needs import merge_need
 from mka_export.merge.plan import Plan, read_plan
-from mka_export.merge.stage import ACTIVATIONS, PLAN, layers_to_remove, merge_stage
+from mka_export.merge.stage import ACTIVATIONS, PLAN, layers_to_remove, merge_stage, removable
 from mka_export.models.activations import Activations, calibrate, calibration_need
 from mka_export.models.checkpoint import Checkpoint, read_json
 from mka_export.models.expected import expected_outline, fetch_need
@@ -26,13 +26,14 @@ from mka_export.models.outline import Outline
 from mka_export.models.sampling import sampling_bytes
 from mka_export.models.sources import cache_folder
 from mka_export.needs import Need
-from mka_export.options import DeviceOptions, HealOptions, MergeOptions, OutputOptions, TextOptions
-from mka_export.parity.comparison import HEALED, MERGED, measuring_bytes
+from mka_export.options import AUTO, DeviceOptions, HealOptions, MergeOptions, OutputOptions, TextOptions
+from mka_export.parity.comparison import HEALED, MERGED, measure, measuring_bytes
 from mka_export.parity.verdict import judge
+from mka_export.pipeline.depth import DEPTH, Depth, fewest_that_fit, one_less, search, tried_stage
 from mka_export.pipeline.forecast import Forecast, left_to_do
 from mka_export.pipeline.job import SAMPLED, Job, stem
 from mka_export.report import write_report
-from mka_export.target import Artifact, Target, load_converter
+from mka_export.target import Artifact, Limits, Target, load_converter
 from mka_export.workspace import Stage, Workspace, write_json
 
 CALIBRATION, PARITY = "calibration", "parity"  # stage folders, besides MERGED, HEALED and one for each target
@@ -40,14 +41,16 @@ ARTIFACT, RESULT, REPORT = "artifact.json", "parity.json", "report.json"
 
 
 def merge_settings(options: MergeOptions, layers: int) -> Settings:
-    """Return what decides a merge of a model with so many layers, by its ratio.
+    """Return what decides a merge of a model with so many layers, by its ratio; with ``auto``, as deep as can be.
 
     Raises:
         UsageError: the ratio does not fit the model.
     """
-    assert options.ratio is not None
     protect = METHODS[options.method].protect if options.protect is None else options.protect
-    remove = layers_to_remove(options.ratio, layers, protect)
+    if isinstance(options.ratio, float):
+        remove = layers_to_remove(options.ratio, layers, protect)
+    else:
+        remove = removable(layers, protect)
     return Settings(remove, options.method, options.measure, options.schedule, protect, options.alpha)
 
 
@@ -82,9 +85,9 @@ class Export(Job):
         if heal.heal != "none":
             self.longest = max(self.longest, heal.heal_tokens)
         self.lineage: dict[str, Checkpoint] = {}  # what was made from the original, in order
-        self.spare_the_model(
-            SAMPLED, *([MERGED, HEALED] if merge else [CALIBRATION]), *(target.name for target in targets)
-        )
+        self.depth: Depth | None = None  # where a limit and no ratio decides it
+        made = [DEPTH, MERGED, HEALED] if merge else [CALIBRATION]
+        self.spare_the_model(SAMPLED, *made, PARITY, *(target.name for target in targets))
         self._merge_report: dict[str, Any] | None = None
         self._heal_report: dict[str, Any] | None = None
 
@@ -138,21 +141,64 @@ class Export(Job):
             stages[SAMPLED] = Need(kept=ids + text, memory=sampling_bytes(model, min(CALIBRATION_WINDOW, tokens)))
         if self.planned is not None:
             settings = self._settings(self.planned, model.architecture.name, layers)
-            layers -= settings.remove
             method = settings.method
-            stages[MERGED] = merge_need(model, model.num_layers - layers, method, tokens, CALIBRATION_WINDOW)
+            need = merge_need(model, settings.remove, method, tokens, CALIBRATION_WINDOW)
+            if self.planned.ratio == AUTO:  # what is tried is not kept, and at least one layer goes
+                stages[DEPTH] = Need(scratch=need.kept + need.scratch, memory=need.memory)
+                layers -= 1
+            else:
+                layers -= settings.remove
+            stages[MERGED] = dataclasses.replace(need, kept=model.with_layers(layers).nbytes)
         elif any(target.activations for target in self.targets):
             stages[CALIBRATION] = calibration_need(model, tokens)
         shallow = model.with_layers(layers)
         if self.healing.heal != "none":
             count = max(1, self.healing.heal_tokens // CALIBRATION_WINDOW)
             stages[HEALED] = heal_need(model, shallow, count, CALIBRATION_WINDOW)
+        windows = (self.texts.windows, self.texts.window_tokens)
+        if not self.targets:
+            stages[f"{PARITY}/{[*stages][-1]}"] = Need(memory=measuring_bytes(model, 0, *windows))
         for target in self.targets:
             made = load_converter(target.converter).need(shallow, target)
             stages[target.name] = made
-            windows = (self.texts.windows, self.texts.window_tokens)
             stages[f"{PARITY}/{target.name}"] = Need(memory=measuring_bytes(model, made.kept, *windows))
         return Forecast(model, layers, method, cache, fetch, self.out, left_to_do(self.out, stages))
+
+    def settle_depth(self) -> None:
+        """Find out how many layers go, where a limit decides it.
+
+        Raises:
+            MkaError: not one can go, or not enough.
+        """
+        if self.planned is None or self.planned.ratio != AUTO:
+            return
+        settings = merge_settings(self.planned, self.original.num_layers)
+        if self.planned.max_size is not None:
+            outline = Outline.of_checkpoint(self.original)
+            self.depth = fewest_that_fit(outline, self.targets, self.planned.max_size, settings.remove)
+        else:
+            limits = [target.compression.max_ppl_ratio for target in self.targets]
+            self.depth = search(self, settings, min(limit for limit in limits if limit is not None))
+        self._say_depth()
+
+    def step_back(self, targets: Sequence[Mapping[str, Any]]) -> bool:
+        """Let one layer less go if an artifact breaks the limit that the depth was chosen by; returns whether it does.
+
+        Raises:
+            MkaError: then none would go.
+        """
+        if self.depth is None or self.planned is None or self.planned.max_size is not None:
+            return False
+        shallower = one_less(self.depth, self.original.num_layers, targets)
+        if shallower is not None:
+            self.depth = shallower
+            self._say_depth()
+        return shallower is not None
+
+    def _say_depth(self) -> None:
+        assert self.depth is not None
+        left = self.original.num_layers - self.depth.remove
+        self.progress.say(f"{left} of {self.original.num_layers} layers stay: {self.depth.limited_by}")
 
     def merge(self) -> Checkpoint:
         """Publish the merged checkpoint, with its plan, heat map and activations.
@@ -186,7 +232,9 @@ class Export(Job):
             "steps": plan["steps"],
             "calibration": plan["calibration"],
             "seconds": stage.seconds,
+            "depth": None if self.depth is None else self.depth.to_dict(),
         }
+        self.lineage = {}
         self.lineage[MERGED] = Checkpoint.open(stage.path)
         return self.lineage[MERGED]
 
@@ -225,9 +273,36 @@ class Export(Job):
         self.lineage[HEALED] = Checkpoint.open(stage.path)
         return self.lineage[HEALED]
 
+    def judge(self, checkpoint: Checkpoint) -> dict[str, Any]:
+        """Measure the checkpoint that was made, in torch, against the original; returns the fields of a verdict."""
+        name = [*self.lineage][-1]
+        inputs = {
+            **self.inputs(checkpoint),
+            "original": self.original.fingerprint,
+            "evaluation": [self._text.evaluation.sha256, self.evaluation.sha256],
+            "device": self.device.device,
+        }
+
+        def make(folder: Path, pieces: Path) -> None:
+            figures = measure(
+                self.runtime(checkpoint),
+                self.reference,
+                None,
+                self.evaluation.ids,
+                bytes_per_token=self.evaluation.bytes_per_token,
+                progress=self.progress,
+            )
+            write_json(folder / RESULT, judge(figures, Limits(), Limits()).to_dict())
+
+        return read_json(self.workspace.stage(f"{PARITY}/{name}", inputs, make).path / RESULT)
+
     def _settings(self, options: MergeOptions, family: str, layers: int) -> Settings | Plan:
         if options.plan is None:
-            return merge_settings(options, layers)
+            settings = merge_settings(options, layers)
+            if self.depth is None:
+                return settings
+            tried = self.workspace.path / tried_stage(layers - self.depth.remove) / PLAN
+            return read_plan(tried) if tried.is_file() else dataclasses.replace(settings, remove=self.depth.remove)
         plan = read_plan(options.plan)
         if (plan.model["architecture"], plan.model["layers"]) != (family, layers):
             raise UsageError(
@@ -237,10 +312,13 @@ class Export(Job):
             )
         return plan
 
-    def export(self) -> int:
-        """Make and measure every target, write report and manifest, print the report; returns the exit code."""
+    def make(self) -> list[dict[str, Any]]:
+        """Make and measure every target; returns their entries in the report."""
         checkpoint = [self.original, *self.lineage.values()][-1]
-        targets = [self._target(checkpoint, target) for target in self.targets]
+        return [self._target(checkpoint, target) for target in self.targets]
+
+    def finish(self, targets: list[dict[str, Any]]) -> int:
+        """Write report and manifest, print the report; returns the exit code."""
         report = self.report(self._merge_report, self._heal_report, targets, self.workspace.stages)
         report = write_report(report, self.workspace.path / REPORT)
         self.write_manifest()

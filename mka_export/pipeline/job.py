@@ -25,7 +25,7 @@ from mka_export.models.runner import LayerRunner, pick_device
 from mka_export.models.sampling import sample_windows, sampling_bytes
 from mka_export.models.sources import cache_folder, fetch, resolve
 from mka_export.models.text import Text, sample_prompts, tokenizer_corpus, tokenizer_oddities
-from mka_export.models.tokenizer import leading_id, load_tokenizer, require_rows, text_ids
+from mka_export.models.tokenizer import leading_id, load_tokenizer, ordinary_ids, require_rows, text_ids
 from mka_export.needs import size
 from mka_export.options import DeviceOptions, OutputOptions, TextOptions
 from mka_export.parity.comparison import measure
@@ -97,9 +97,17 @@ class Job:
         tokenizer = load_tokenizer(fetched.path)
         require_rows(tokenizer, self.original)
         leading = leading_id(tokenizer)
-        self.evaluation = windows_of(self._text.evaluation, tokenizer, self.texts.windows, self.texts.window_tokens)
         self.prompts = [([] if leading is None else [leading]) + text_ids(tokenizer, p) for p in sample_prompts()]
         self._tokenizer = tokenizer
+        self.evaluation = self.evaluation_windows(self.texts.windows)
+
+    def evaluation_windows(self, count: int) -> Windows:
+        """Cut so many windows, evenly spread, from the evaluation text.
+
+        Raises:
+            MkaError: it is too short.
+        """
+        return windows_of(self._text.evaluation, self._tokenizer, count, self.texts.window_tokens)
 
     def spare_the_model(self, *stages: str) -> None:
         """Check that publishing stages will not replace the folder that the model comes from.
@@ -161,23 +169,18 @@ class Job:
     def _sampled(self, count: int, tokens: int) -> Windows:
         """Return windows sampled from the original model: a stage of its own, as long as any stage wants it."""
         most = max(count, self.longest // tokens)
-        first = self._tokenizer.bos_token_id
-        first = self._tokenizer.eos_token_id if first is None else first
-        if first is None:
-            raise UsageError(
-                f"--calibration self: the tokenizer of {self.source.name} names no token that begins a text",
-                "Give a text.",
-            )
+        leading, first = leading_id(self._tokenizer), ordinary_ids(self._tokenizer)
 
         def make(folder: Path, pieces: Path) -> None:
             need = sampling_bytes(Outline.of_checkpoint(self.original), tokens)
             self.require_memory(need, "sampling text holds the whole model, and", "Give a text with --calibration.")
-            made = sample_windows(self.original.path, first, most, tokens, self.runner.device, self.progress)
+            path, device = self.original.path, self.runner.device
+            made = sample_windows(path, leading, first, most, tokens, device, self.progress)
             np.save(folder / SAMPLED_IDS, made.numpy())
             text = "\n\n".join(self._tokenizer.batch_decode(made, skip_special_tokens=True))
             (folder / SAMPLED_TEXT).write_text(text, encoding="utf-8")
 
-        inputs = {**self.inputs(self.original), "windows": [most, tokens], "first": first}
+        inputs = {**self.inputs(self.original), "windows": [most, tokens]}
         stage = self.workspace.stage(SAMPLED, inputs, make)
         text = Text(SELF, (stage.path / SAMPLED_TEXT).read_text(encoding="utf-8"))
         require_disjoint(text, self._text.evaluation)
@@ -218,7 +221,7 @@ class Job:
         failures: list[str] = []
         corpus = [*tokenizer_corpus(), self._text.evaluation.text]
         limits = (target.conversion, target.compression)
-        between = {name: self._torch(checkpoint) for name, checkpoint in (lineage or {}).items()}
+        between = {name: self.runtime(checkpoint) for name, checkpoint in (lineage or {}).items()}
         for reference in (self.reference, *between.values()):  # before the artifact is in memory too
             reference.run(self.evaluation.ids)
         try:
@@ -256,7 +259,8 @@ class Job:
         entry["warnings"] = [*artifact.details.get("warnings", []), *oddities, *entry["warnings"]]
         return entry
 
-    def _torch(self, checkpoint: Checkpoint) -> TorchRuntime:
+    def runtime(self, checkpoint: Checkpoint) -> TorchRuntime:
+        """Return a checkpoint in torch."""
         return TorchRuntime(checkpoint.path, device=self.device.device, progress=self.progress)
 
     def _describe(self, artifact: Artifact, files: Mapping[str, str]) -> dict[str, Any]:

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 
 from mka_export.errors import UsageError, unknown_name
 from mka_export.merge.measures import DEFAULT, MEASURES
 from mka_export.merge.methods import METHODS
 from mka_export.merge.plan import read_plan
 from mka_export.merge.stage import layers_to_remove
-from mka_export.options import ITERATIVE, ConvertOptions, LimitOptions, MergeOptions
+from mka_export.options import AUTO, ITERATIVE, ConvertOptions, LimitOptions, MergeOptions, TextOptions
 from mka_export.parity.comparison import HEALED, MERGED
 from mka_export.parity.runtimes import RUNTIMES
+from mka_export.parity.statistics import MIN_WINDOWS
+from mka_export.pipeline.depth import DEPTH
 from mka_export.pipeline.export import CALIBRATION, PARITY, REPORT
 from mka_export.pipeline.job import SAMPLED
 from mka_export.target import Limits, Target, load_converter, load_target
@@ -26,8 +29,10 @@ def check_merge(options: MergeOptions) -> None:
     """
     if (options.ratio is None) == (options.plan is None):
         raise UsageError("give either --ratio or --plan", "For example --ratio 0.2.")
-    if options.ratio is not None:
+    if isinstance(options.ratio, float):
         layers_to_remove(options.ratio, 10**6, 0)
+    if options.max_size is not None and options.ratio != AUTO:
+        raise UsageError("--max-size goes with --ratio auto", "Give only one of --max-size and a fixed --ratio.")
     if options.plan is not None:
         read_plan(options.plan)
     if options.method not in METHODS:
@@ -41,6 +46,25 @@ def check_merge(options: MergeOptions) -> None:
         )
     if options.alpha is not None and options.method != "mka-paper":
         raise UsageError(f"--alpha is for --method mka-paper; {options.method} does not average", "Leave it out.")
+
+
+def check_limit(merge: MergeOptions, targets: Sequence[Target], texts: TextOptions) -> None:
+    """Check that ``--ratio auto`` has a limit to go by.
+
+    Raises:
+        UsageError: it has none, or too few windows to judge by.
+    """
+    if merge.ratio != AUTO:
+        return
+    if not targets:
+        raise UsageError("--ratio auto needs a target, whose artifact keeps to the limit", "Leave out 'merge'.")
+    if merge.max_size is None and all(target.compression.max_ppl_ratio is None for target in targets):
+        raise UsageError("--ratio auto: there is no limit", "Give --max-ppl-ratio or --max-size.")
+    if merge.max_size is None and texts.windows <= MIN_WINDOWS:
+        raise UsageError(
+            f"--ratio auto: {texts.windows} windows are too few to judge by",
+            f"Give --windows {MIN_WINDOWS + 1} or more.",
+        )
 
 
 def load_targets(convert: ConvertOptions, limits: LimitOptions) -> list[Target]:
@@ -72,7 +96,7 @@ def load_targets(convert: ConvertOptions, limits: LimitOptions) -> list[Target]:
     names = [target.name for target in targets]
     if len(set(names)) < len(names):
         raise UsageError(f"--to names a target twice: {', '.join(names)}")
-    if clash := {SAMPLED, MERGED, HEALED, CALIBRATION, PARITY, MANIFEST, REPORT} & set(names):
+    if clash := {SAMPLED, DEPTH, MERGED, HEALED, CALIBRATION, PARITY, MANIFEST, REPORT} & set(names):
         raise UsageError(f"a target cannot be called {clash.pop()}", "Rename its file.")
     return targets
 

@@ -57,8 +57,8 @@ def test_layer_passes_run_where_they_are_told(pico_llama: Path, monkeypatch: pyt
     states = runner.embed(torch.arange(32).view(2, 16))
     statistics, weights = ColumnStatistics(), runner.weights(1)
     after = runner.run_layer(1, weights, states, statistics)
-    before_mlp = runner.before_mlp(1, {name: w for name, w in weights.items() if "mlp." not in name}, states)
+    stream, inputs = runner.before_mlp(1, {name: w for name, w in weights.items() if "mlp." not in name}, states)
     logits = runner.logits(after)
-    for tensor in (states, *weights.values(), after, *before_mlp, logits):
+    for tensor in (states, *weights.values(), after, stream, inputs, logits):
         assert tensor.device.type == "meta"
     assert (after.shape, logits.shape) == ((2, 16, 64), (2, 16, 640))

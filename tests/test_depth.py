@@ -1,0 +1,194 @@
+"""``--ratio auto``: how deep a limit lets it go, and what is said of it."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner, Result
+from transformers import AutoModelForCausalLM
+
+from mka_export.cli import main
+from mka_export.data import data_folder
+from mka_export.errors import MkaError
+from mka_export.inputs import read_texts, windows_of
+from mka_export.models.checkpoint import Checkpoint
+from mka_export.models.outline import Outline
+from mka_export.models.tokenizer import load_tokenizer
+from mka_export.options import TextOptions
+from mka_export.parity.statistics import Interval
+from mka_export.pipeline.depth import Depth, deepest, fewest_that_fit, one_less
+from mka_export.target import load_converter, load_target
+
+SMALL = ["--windows", "6", "--window-tokens", "64", "--calibration-tokens", "1024", "--device", "cpu"]
+AUTO = ["--ratio", "auto", "--protect", "1", "--to", "gguf-f16"]
+LOOSE = ["--conversion-max-mean-kl", "1"]
+
+
+def type_in(*arguments: object) -> Result:
+    return CliRunner().invoke(main, [str(a) for a in arguments])
+
+
+def growing(remove: int) -> Interval:
+    return Interval(1 + remove / 10, 0.95 + remove / 10, 1.05 + remove / 10)
+
+
+@pytest.mark.parametrize("limit", [1.16, 1.26, 1.7, 2.06, 9.0])
+def test_the_deepest_is_found_of_which_the_whole_interval_keeps_the_limit(limit):
+    tried = []
+
+    def measure(remove: int) -> Interval:
+        tried.append(remove)
+        return growing(remove)
+
+    found = deepest(measure, limit, 30, 25)
+    assert found.remove == max(k for k in range(1, 26) if growing(k).high <= limit)
+    assert [30 - k for k in tried] == [each["layers"] for each in found.tried]
+    assert len(tried) == len(set(tried)) <= 5
+    if found.remove < 25:
+        assert (
+            f"with {29 - found.remove} the perplexity ratio is {growing(found.remove + 1).value:.4g}"
+            in found.limited_by
+        )
+    else:
+        assert found.limited_by == "5 of 30 layers cannot go"
+
+
+def test_what_cannot_be_merged_is_too_deep():
+    found = deepest(lambda remove: growing(remove) if remove < 7 else None, 9.0, 30, 25)
+    assert (found.remove, found.limited_by) == (6, "7 cannot be merged")
+
+
+def test_a_limit_that_no_layer_keeps():
+    with pytest.raises(MkaError, match=r"no layer can go: with 29 the perplexity ratio is 1.1 .* the limit is 1.1"):
+        deepest(growing, 1.1, 30, 25)
+
+
+def entry(verdict: str, value: float) -> dict:
+    check = {"metric": "ppl_ratio", "value": value, "low": value - 0.1, "high": None, "limit": 1.5, "verdict": verdict}
+    other = {"metric": "mean_kl", "value": 9, "low": 9, "high": 9, "limit": 1, "verdict": "fail"}
+    return {"comparisons": {"compression": {"checks": [other, check]}}, "runtime": {"name": "llama.cpp"}}
+
+
+def test_an_artifact_that_breaks_the_limit_costs_one_layer():
+    depth = Depth(3, "a limit", "a reason", [])
+    assert one_less(depth, 30, [entry("pass", 1.4), {"comparisons": None}]) is None
+    for verdict in ("fail", "inconclusive"):
+        found = one_less(depth, 30, [entry("pass", 1.4), entry(verdict, 1.6)])
+        assert (found.remove, found.limit) == (2, "a limit")
+        assert found.limited_by == "with 27 the perplexity ratio is 1.6 (1.5 to nan), in llama.cpp"
+        assert found.tried[-1]["ppl_ratio"] == {"value": 1.6, "low": 1.5, "high": None}
+    with pytest.raises(MkaError, match="no layer can go"):
+        one_less(Depth(1, "a limit", "", []), 30, [entry("fail", 1.6)])
+
+
+def test_no_more_layers_go_than_the_size_asks_for(pico_llama):
+    model, target = Outline.of_checkpoint(Checkpoint.open(pico_llama)), load_target("gguf-f16")
+    sizes = [load_converter("gguf").need(model.with_layers(6 - k), target).kept for k in range(6)]
+    for remove in (1, 2, 4):
+        assert fewest_that_fit(model, [target], sizes[remove], 4).remove == remove
+        assert fewest_that_fit(model, [target], sizes[remove] + 1, 4).remove == remove
+    assert fewest_that_fit(model, [target], 10**9, 4).limited_by == "one layer has to go"
+    with pytest.raises(MkaError, match="even with 2 layers gguf-f16 may take"):
+        fewest_that_fit(model, [target], sizes[4] - 1, 4)
+
+
+def test_the_artifact_fits(pico_llama, tmp_path):
+    model, target = Outline.of_checkpoint(Checkpoint.open(pico_llama)), load_target("gguf-f16")
+    size = load_converter("gguf").need(model.with_layers(4), target).kept
+    result = type_in(pico_llama, *AUTO, "--max-size", size, "--out", tmp_path / "out", *SMALL, *LOOSE, "--json")
+    assert result.exit_code in (0, 3), result.output
+    report = json.loads(result.stdout)
+    assert report["targets"][0]["artifact"]["nbytes"] <= size
+    assert report["merge"]["layers_after"] == 4
+    assert report["merge"]["depth"]["limited_by"].startswith("with 5 layers gguf-f16 may take")
+    assert "layers stay: with" in result.stderr
+
+
+@pytest.fixture(scope="module")
+def searched(pico_llama, tmp_path_factory) -> tuple[Path, Path, dict]:
+    folder = tmp_path_factory.mktemp("auto")
+    model = Path(shutil.copytree(pico_llama, folder / "pico"))
+    result = type_in(model, *AUTO, "--max-ppl-ratio", "9", "--out", folder / "out", *SMALL, *LOOSE, "--json")
+    assert result.exit_code == 0, result.output
+    return model, folder / "out", json.loads(result.stdout)
+
+
+def test_each_depth_is_measured_between_the_windows_of_the_verdict(searched):
+    model, out, report = searched
+    evaluation = read_texts(TextOptions()).evaluation
+    tokenizer = load_tokenizer(model)
+    windows = windows_of(evaluation, tokenizer, 11, 64).ids
+    assert np.array_equal(windows[::2], windows_of(evaluation, tokenizer, 6, 64).ids)
+    ids = torch.from_numpy(windows[1::2])
+    with torch.no_grad():
+        loss = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)(ids, labels=ids).loss
+    measured = json.loads((out / "depth" / "original" / "result.json").read_text())["nll"]
+    assert len(measured) == 5
+    assert float(loss) == pytest.approx(np.mean(measured), rel=1e-5)
+    for each in report["merge"]["depth"]["tried"]:
+        gone = json.loads((out / "depth" / f"{each['layers']}-layers" / "result.json").read_text())["nll"]
+        assert each["ppl_ratio"]["value"] == pytest.approx(math.exp(np.mean(gone) - np.mean(measured)))
+
+
+def test_what_was_tried_is_what_is_made(searched):
+    _, out, report = searched
+    left = report["merge"]["layers_after"]
+    assert left == min(each["layers"] for each in report["merge"]["depth"]["tried"]) == 2
+    assert report["merge"]["depth"]["limited_by"] == "2 of 6 layers cannot go"
+    tried, made = (json.loads((out / p / "plan.json").read_text()) for p in (f"depth/{left}-layers", "merged"))
+    assert (tried["layers"], tried["steps"]) == (made["layers"], made["steps"])
+    assert json.loads((out / "merged" / "config.json").read_text())["num_hidden_layers"] == left
+    assert not [p for p in out.rglob("*.safetensors") if "depth" in p.parts]
+    assert not list(out.glob(".*.pieces"))
+
+
+def test_a_second_run_tries_nothing_again(searched):
+    model, out, report = searched
+    result = type_in(model, *AUTO, "--max-ppl-ratio", "9", "--out", out, *SMALL, *LOOSE, "--json")
+    again = json.loads(result.stdout)
+    assert all(stage["reused"] for stage in again["stages"])
+    assert again["merge"] == report["merge"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--ratio", "auto", "--protect", "1", "--to", "gguf-f16", "--max-ppl-ratio", "0.5"], "no layer can go"),
+        (["--ratio", "auto", "--to", "gguf-f16", "--max-ppl-ratio", "2", "--windows", "5"], "5 windows are too few"),
+        (["--ratio", "0.2", "--to", "gguf-f16", "--max-size", "1GB"], "goes with --ratio auto"),
+        (["--ratio", "auto", "--to", "gguf-f16", "--max-size", "ten"], "'ten' is no size"),
+        (["--ratio", "auto", "--to", "gguf-f16", "--max-size", "1TB"], "'1TB' is no size"),
+        (["--ratio", "some", "--to", "gguf-f16"], "'some' is not a valid float"),
+        (["merge", "--ratio", "auto"], "needs a target"),
+        (["--ratio", "auto", "--protect", "1", "--to", "gguf-f16", "--max-size", "1KB"], "even with 2 layers"),
+    ],
+)
+def test_bad_requests_are_one_line(pico_llama, tmp_path, arguments, words):
+    command = [arguments[0], pico_llama, *arguments[1:]] if arguments[0] == "merge" else [pico_llama, *arguments]
+    small = SMALL[4:] if "--windows" in arguments else SMALL
+    result = type_in(*command, "--out", tmp_path / "out", *small, "--quiet")
+    assert result.exit_code != 0
+    assert words in result.stderr
+    assert "Traceback" not in result.output
+
+
+def test_a_target_without_a_limit_decides_nothing(pico_llama, tmp_path):
+    target = tmp_path / "free.toml"
+    shipped = (data_folder("targets") / "gguf-f16.toml").read_text()
+    target.write_text("".join(line for line in shipped.splitlines(True) if not line.startswith("max_ppl_ratio")))
+    result = type_in(pico_llama, "--ratio", "auto", "--to", target, "--out", tmp_path / "out", *SMALL)
+    assert result.exit_code != 0
+    assert "there is no limit" in result.stderr
+
+
+def test_it_is_forecast(pico_llama, tmp_path):
+    job = [pico_llama, *AUTO, "--max-ppl-ratio", "9", "--out", tmp_path / "out", *SMALL, "--dry-run", "--json"]
+    found = json.loads(type_in(*job).stdout)
+    assert {"depth", "merged", "gguf-f16"} <= set(found["stages"])
+    assert found["stages"]["depth"]["scratch"] > found["stages"]["merged"]["kept"]
