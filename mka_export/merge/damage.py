@@ -21,7 +21,7 @@ from mka_export.models.checkpoint import save_tensors
 from mka_export.workspace import write_atomically
 
 SCREENED = 8  # of the most similar pairs, whose damage is measured
-PROBED = 4  # every so many-th position tells the damage
+OPENING = 128  # tokens that each window of the probe begins with tell the damage: what follows does not change them
 WORST = 1e9  # damage of a merge that makes NaN or infinity
 
 
@@ -67,7 +67,7 @@ def _least_damaged(fuse: Fuse, settings: Settings, views: Views, notes: _Notes) 
     order = sorted(allowed_pairs(settings, probe), key=similarities.__getitem__, reverse=True)
     steps = {place: _step(settings, views, place, similarities[place]) for place in order[:SCREENED]}
     new = [place for place, step in steps.items() if not notes.knows(step)]
-    now = _divergence(probe, probe.outcome(len(probe.layers), ())) if new else 0.0
+    now = _divergence(probe, probe.outcome(len(probe.layers), (), OPENING)) if new else 0.0
     for place in new:
         notes.measure(steps[place], _divergence(probe, _on_trial(fuse, views, place, steps[place].alpha)) - now)
     return min(steps.values(), key=notes.damage)
@@ -134,20 +134,21 @@ def _key(step: Step) -> str:
 
 
 def _on_trial(fuse: Fuse, views: Views, place: int, alpha: float) -> Tensor:
-    """Return the probe's final states if the layer at ``place`` and the next were fused as the trial's windows say."""
+    """Return the openings' final states if the layer at ``place`` and the next were fused as the trial's windows say."""
     fused, _ = fuse(views.trial, place, place + 1, alpha)
     kind = views.probe.layers[place].first
-    return views.probe.outcome(place, chain([(kind, lambda: fused)], views.probe.above(place + 1)))
+    return views.probe.outcome(place, chain([(kind, lambda: fused)], views.probe.above(place + 1)), OPENING)
 
 
 def _divergence(probe: Trajectory, states: Tensor) -> float:
-    """Return the mean KL(original ‖ model) of the next token, in nats, that final states (N, T, hidden) of the probe give.
+    """Return the mean KL(original ‖ model) of the next token, in nats, that the openings' final states give.
 
-    Every ``PROBED``-th position is looked at.
+    Args:
+        states: (N, tokens, hidden).
     """
     total, top = 0.0, probe.runner.checkpoint.num_layers
     for window, mine in enumerate(states):
-        (original,) = probe.original(top, slice(window, window + 1))
-        p, q = (probe.runner.logits(each[PROBED - 1 :: PROBED]).log_softmax(dim=-1) for each in (original, mine))
+        original = probe.original(top, slice(window, window + 1))[0, : len(mine)]
+        p, q = (probe.runner.logits(each).log_softmax(dim=-1) for each in (original, mine))
         total += float(functional.kl_div(q, p, reduction="batchmean", log_target=True))
     return total / len(states) if math.isfinite(total) else WORST

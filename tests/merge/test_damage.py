@@ -21,6 +21,8 @@ from mka_export.models.runner import LayerRunner
 IDS = torch.from_numpy(WINDOWS)
 THREE = settings(remove=3, protect=0)
 
+OPENING = 20
+
 
 def notes_of(pieces) -> dict:
     return json.loads((pieces / f"damages-{len(IDS)}.json").read_text())
@@ -28,7 +30,9 @@ def notes_of(pieces) -> dict:
 
 @pytest.fixture(scope="module")
 def plan(pico_llama, tmp_path_factory):
-    out = merged(pico_llama, tmp_path_factory.mktemp("damage") / "out", THREE)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(damage, "OPENING", OPENING)  # the windows have 48 tokens
+        out = merged(pico_llama, tmp_path_factory.mktemp("damage") / "out", THREE)
     return json.loads((out / "plan.json").read_text()), notes_of(out.with_name("out-pieces"))
 
 
@@ -47,7 +51,9 @@ def test_damage_is_how_much_the_predictions_turn_away(pico_llama, plan, tmp_path
         layer.self_attn.layer_idx = index
     shallow.config.num_hidden_layers -= 1
     with torch.no_grad():
-        p, q = (m(IDS[probed], use_cache=False).logits[:, 3::4].double().log_softmax(-1) for m in (original, shallow))
+        p, q = (
+            m(IDS[probed], use_cache=False).logits[:, :OPENING].double().log_softmax(-1) for m in (original, shallow)
+        )
     expected = float((p.exp() * (p - q)).sum(-1).mean())
     assert plan[1]["damages"]["[2, 2]+[3, 3]"] == pytest.approx(expected, rel=1e-3)
 
