@@ -195,7 +195,6 @@ class Compare(Job):
         """Return all figures with their errors, as they stand in the file."""
         ours = {row["layers"]: _means(row)["nll"] for row in rows if row["name"] == OURS and "error" not in row}
         bits = np.log(2) * self.evaluation.bytes_per_token
-        ids = self.evaluation.ids
         value, error = perplexity(original[:, None])
         found: dict[str, Any] = with_nulls(
             {
@@ -208,12 +207,7 @@ class Compare(Job):
                     "layers": self.original.num_layers,
                 },
                 "calibration": self.calibration.describe(),
-                "evaluation": {
-                    "source": self.evaluation.source,
-                    "sha256": self.evaluation.sha256,
-                    "windows": ids.shape[0],
-                    "window_tokens": ids.shape[1],
-                },
+                "evaluation": self.about_evaluation(),
                 "original": {"perplexity": value, "perplexity_se": error, "bits_per_byte": original.mean() / bits},
                 "against": OURS,
                 "results": [

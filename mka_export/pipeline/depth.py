@@ -169,16 +169,13 @@ def search(job: Job, settings: Settings, limit: float) -> Depth:
             else:
                 write_json(stage / RESULT, _result(trial.scores))
 
-        stages = (
-            job.workspace.stage(f"{DEPTH}/{ORIGINAL}", seen, measure_original),
-            job.workspace.stage(tried_stage(layers - remove), inputs, make),
-        )
-        original, merged = (read_json(stage.path / RESULT) for stage in stages)
+        merged = read_json(job.workspace.stage(tried_stage(layers - remove), inputs, make).path / RESULT)
         if "error" in merged:
             return None
-        gaps = np.array(merged["nll"], dtype=np.float64) - np.array(original["nll"])  # None becomes NaN
+        gaps = np.array(merged["nll"], dtype=np.float64) - original["nll"]  # None becomes NaN
         return bootstrap_means(gaps[:, None])[0].exp()
 
+    original = read_json(job.workspace.stage(f"{DEPTH}/{ORIGINAL}", seen, measure_original).path / RESULT)
     found = deepest(ratio_without, limit, layers, settings.remove)
     trials.end()
     shutil.rmtree(pieces_folder(folder), ignore_errors=True)

@@ -109,6 +109,17 @@ class Job:
         """
         return windows_of(self._text.evaluation, self._tokenizer, count, self.texts.window_tokens)
 
+    def about_evaluation(self) -> dict[str, Any]:
+        """Return what a model is judged by, for a report; ``tokens`` are those that are predicted."""
+        windows, tokens = self.evaluation.ids.shape
+        return {
+            "text": self.evaluation.source,
+            "sha256": self.evaluation.sha256,
+            "windows": windows,
+            "window_tokens": tokens,
+            "tokens": windows * (tokens - 1),
+        }
+
     def spare_the_model(self, *stages: str) -> None:
         """Check that publishing stages will not replace the folder that the model comes from.
 
@@ -281,7 +292,6 @@ class Job:
         stages: list[Stage],
     ) -> dict[str, Any]:
         """Return the whole report, as its schema has it."""
-        ids = self.evaluation.ids
         peak = max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
         return {
             "format": "mka-export/report",
@@ -296,13 +306,7 @@ class Job:
             },
             "merge": merge,
             "heal": heal,
-            "evaluation": {
-                "text": self.evaluation.source,
-                "sha256": self.evaluation.sha256,
-                "windows": ids.shape[0],
-                "window_tokens": ids.shape[1],
-                "tokens": ids.shape[0] * (ids.shape[1] - 1),
-            },
+            "evaluation": self.about_evaluation(),
             "targets": targets,
             "stages": [{"name": s.name, "seconds": s.seconds, "reused": s.reused} for s in stages],
             "peak_memory_bytes": peak * (1 if sys.platform == "darwin" else 1024),

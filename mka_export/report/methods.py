@@ -46,7 +46,7 @@ def _about(found: Found) -> Iterator[str]:
     yield f"Calibrated  on {calibration['tokens']:,} tokens of {text_source(calibration['source'])}"
     yield (
         f"Measured    in torch on {evaluation['windows']} windows of {evaluation['window_tokens']} tokens of "
-        f"{text_source(evaluation['source'])}; 95 % intervals, paired over windows"
+        f"{text_source(evaluation['text'])}; 95 % intervals, paired over windows"
     )
 
 

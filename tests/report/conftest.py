@@ -90,6 +90,7 @@ def report(target: dict[str, Any]) -> dict[str, Any]:
             "steps": [{"lower": [23, 23], "upper": [24, 24], "similarity": 0.97, "alpha": 0.97}],
             "calibration": {"sha256": SHA, "tokens": 16384, "source": "embedded"},
             "seconds": 41.2,
+            "depth": None,
         },
         "heal": None,
         "evaluation": {"text": "embedded", "sha256": SHA, "windows": 16, "window_tokens": 512, "tokens": 8176},

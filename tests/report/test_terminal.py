@@ -72,6 +72,13 @@ def test_size_layers_and_tensor_types(report: dict[str, Any]) -> None:
     assert "merged 41 s, gguf-q4 kept; peak memory 1.70 GB" in text
 
 
+def test_what_decided_the_depth_is_said(report: dict[str, Any]) -> None:
+    assert "Depth" not in printed(report)
+    why = "with 26 the perplexity ratio is 1.61 (1.5 to 1.7), in torch"
+    report["merge"]["depth"] = {"limit": "a perplexity ratio of at most 1.5", "limited_by": why, "tried": []}
+    assert line_with(printed(report), "Depth") == f"Depth     by a perplexity ratio of at most 1.5: {why}"
+
+
 def test_continuations_stand_side_by_side_and_markup_is_inert(report: dict[str, Any]) -> None:
     line = line_with(printed(report), "[bold]sea[/bold]")
     assert "is blue and wide" in line
