@@ -102,7 +102,7 @@ def run(model: str, **groups: Any) -> None:
     preview=PreviewOptions,
 )
 def merge(model: str, **groups: Any) -> None:
-    """Merge layers of MODEL and write the checkpoint; prints its folder."""
+    """Merge layers of MODEL, write the checkpoint and measure what that lost; prints its folder."""
     from mka_export import pipeline
 
     sys.exit(pipeline.merge_only(model, **groups))

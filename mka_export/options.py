@@ -33,9 +33,14 @@ class FiniteRange(click.FloatRange):
 class Ratio(click.types.FloatParamType):
     """A number, or ``auto``."""
 
+    name = "share|auto"
+
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         """Turn what was typed into one of both."""
-        return AUTO if value == AUTO else super().convert(value, param, ctx)
+        try:
+            return AUTO if value == AUTO else float(value)
+        except ValueError:
+            self.fail(f"{value!r} is neither a number nor auto.", param, ctx)
 
 
 class Size(click.types.IntParamType):
@@ -47,7 +52,8 @@ class Size(click.types.IntParamType):
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
         """Turn what was typed into a number of bytes."""
         found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", str(value))
-        if found is None or (unit := self.units.get(found[2].upper())) is None or (size := float(found[1]) * unit) < 1:
+        size = float(found[1]) * self.units.get(found[2].upper(), 0) if found else 0.0
+        if not 1 <= size < math.inf:
             self.fail(f"{value!r} is no size, as 800MB or 1.5GB are.", param, ctx)
         return int(size)
 
@@ -79,11 +85,11 @@ class MergeOptions:
 
     ratio: float | str | None = option(
         None,
-        "Share of layers to remove: 0.1 of 30 layers removes 3. Rounded to the nearest layer, halves up. auto: as many "
-        "as --max-ppl-ratio or the target allows, or as few as --max-size asks for.",
+        "Share of layers to remove: 0.1 of 30 layers removes 3. Rounded to the nearest layer, halves up. auto, where "
+        "targets are made: as many as --max-ppl-ratio or the target allows, or as few as --max-size asks for.",
         type=Ratio(),
     )
-    max_size: int | None = option(None, "With --ratio auto: bytes of each artifact, e.g. 800MB.", type=Size())
+    max_size: int | None = option(None, "With --ratio auto: what each artifact may take, e.g. 800MB.", type=Size())
     method: str = option(
         "mka",
         "How layers are chosen and become one: mka, mka-paper, or one to compare with: tail, shortgpt, pruneme, sleb, "

@@ -127,6 +127,10 @@ class Workspace:
         self.stages = [*(other for other in self.stages if other.name != name), stage]
         return stage
 
+    def kept(self, name: str, inputs: Mapping[str, Any]) -> Stage | None:
+        """Return stage ``name`` if an earlier run made it with the same ``inputs``."""
+        return _existing(self.path / name, name, json.loads(json.dumps(inputs, sort_keys=True)))[0]
+
     def write_manifest(self, contents: Mapping[str, Any]) -> None:
         """Write ``manifest.json``: ``contents``, and the sha256 of every published file, of earlier runs too."""
         beside = sorted(p for p in self.path.glob("[!.]*.json") if p.is_file() and p.name != MANIFEST)

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mka_export.errors import MkaError
+from mka_export.models.runner import MakesNaN
 
-PULL = 1.0  # strength of a pull times rows per feature
+LEAST_PULL = 0.01  # keeps float32 sound
 FLOOR = 1e-6  # of the features' mean square, added to each one's: one that is always 0 keeps its weight
 Blocks = Callable[[], Iterator[tuple[Tensor, Tensor]]]  # of A (n, features) and Y (n, outputs), float32
 
@@ -47,7 +47,7 @@ def ridge(blocks: Blocks, rows: int, prior: Tensor, strength: float | None = Non
         strength: of the pull towards them; by default ``pull``.
 
     Raises:
-        MkaError: the rows hold NaN or infinity.
+        MakesNaN: the rows hold NaN or infinity.
     """
     features = prior.shape[1]
     solve = _in_rows if rows < features else _in_features
@@ -59,7 +59,7 @@ def pull(rows: int, features: int) -> float:
 
     Generalised cross-validation (Golub, Heath & Wahba 1979) chooses about as much; see docs/method.md.
     """
-    return PULL * features / rows
+    return max(LEAST_PULL, features / rows)
 
 
 def ridge_values(rows: int, features: int, outputs: int) -> int:
@@ -131,5 +131,5 @@ def _solve(matrix: Tensor, right: Tensor) -> Tensor:
     """Solve for a positive definite matrix, of which the lower triangle is read."""
     factor, failed = torch.linalg.cholesky_ex(matrix)
     if int(failed) != 0 or not bool(torch.isfinite(right).all()):
-        raise MkaError("a least-squares fit met NaN or infinity", "The model is damaged or needs another precision.")
+        raise MakesNaN("a least-squares fit met NaN or infinity", "The model is damaged or needs another precision.")
     return torch.cholesky_solve(right, factor)

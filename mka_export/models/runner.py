@@ -296,8 +296,12 @@ def pick_device(name: str) -> torch.device:
     return torch.device(name)
 
 
-class NotFinite(MkaError):
-    """A state that holds NaN or infinity.
+class MakesNaN(MkaError):
+    """A model, or what was made of it, computes NaN or infinity."""
+
+
+class NotFinite(MakesNaN):
+    """States of some windows that hold NaN or infinity.
 
     Attributes:
         windows: the windows in which it does.
@@ -323,7 +327,7 @@ def on_finite_windows(ids: Tensor, work: Callable[[Tensor], Result], progress: P
     """Return ``work(ids)``; windows in which some layer makes NaN or infinity are left out, and that is said.
 
     Raises:
-        MkaError: these are more than ``MAX_LEFT_OUT`` of the windows (N, T).
+        MakesNaN: these are more than ``MAX_LEFT_OUT`` of the windows (N, T).
     """
     kept = torch.arange(len(ids))
     while True:
@@ -334,7 +338,7 @@ def on_finite_windows(ids: Tensor, work: Callable[[Tensor], Result], progress: P
             lost = len(ids) - len(kept)
             told = f"{lost} of {len(ids)} windows of the calibration text make NaN or infinity, in {error.where}"
             if lost > MAX_LEFT_OUT * len(ids):
-                raise MkaError(told, "The model is damaged, or the text is not for it: give another.") from None
+                raise MakesNaN(told, "The model is damaged, or the text is not for it: give another.") from None
             progress.say(f"{told}: left out")
 
 

@@ -50,7 +50,7 @@ def run(
     """Merge a model, make every target from it, and measure each against the original; returns the exit code."""
     check_merge(merge)
     targets = load_targets(convert, limits)
-    check_limit(merge, targets, texts)
+    check_limit(merge, heal, targets, texts)
     export = Export(model, merge, heal, targets, texts, device, output, "mka")
 
     def work() -> int:
@@ -76,12 +76,13 @@ def merge_only(
 ) -> int:
     """Merge a model, and heal it if that is asked for; prints the checkpoint's folder, and on stderr what it lost."""
     check_merge(merge)
-    check_limit(merge, [], texts)
+    check_limit(merge, heal, [], texts)
     export = Export(model, merge, heal, [], texts, device, output, "mka")
 
     def work() -> int:
         made = export.merge()
         made = export.heal() or made
+        export.write_manifest()
         lost = export.judge(made)
         export.write_manifest()
         print_loss(lost, Console(stderr=True, soft_wrap=True), quiet=output.quiet)

@@ -21,7 +21,7 @@ from mka_export.merge.needs import merge_need
 from mka_export.merge.stage import layers_to_remove
 from mka_export.models.checkpoint import read_json
 from mka_export.models.outline import Outline
-from mka_export.models.runner import NotFinite
+from mka_export.models.runner import MakesNaN
 from mka_export.needs import require_room
 from mka_export.options import (
     ITERATIVE,
@@ -181,7 +181,7 @@ class Compare(Job):
         try:
             references = {ORIGINAL: self.reference}
             trial = self._trials.carry_out(settings, folder, pieces, self.evaluation.ids, references)
-        except (UsageError, UnsupportedError, NotFinite) as error:
+        except (UsageError, UnsupportedError, MakesNaN) as error:
             return {"error": str(error)}
         scores = trial.scores
         divergence = scores.divergence[ORIGINAL]

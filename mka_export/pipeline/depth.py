@@ -12,12 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from mka_export.errors import MkaError, UsageError
 from mka_export.merge.choose import Settings
+from mka_export.merge.stage import PLAN
 from mka_export.models.checkpoint import read_json
 from mka_export.models.outline import Outline
-from mka_export.models.runner import NotFinite
+from mka_export.models.runner import MakesNaN
 from mka_export.needs import size
 from mka_export.parity.comparison import COMPRESSION, ORIGINAL
 from mka_export.parity.metrics import ARTIFACT, Scores, score
@@ -31,7 +33,7 @@ from mka_export.workspace import kept_pieces, pieces_folder, write_json
 DEPTH, RESULT = "depth", "result.json"
 
 
-@dataclass
+@dataclass(frozen=True)
 class Depth:
     """What a limit leaves of a model.
 
@@ -39,13 +41,15 @@ class Depth:
         remove: how many layers go.
         limit: what it is, in words.
         limited_by: why no layer more goes, or none less, in words.
-        tried: the perplexity ratios that were measured, each with the layers that were left and the runtime.
+        tried: what was measured: ``layers`` that were left, ``ppl_ratio`` to the original, ``runtime``.
+        plans: layers that go -> the plan of a merge that was tried.
     """
 
     remove: int
     limit: str
     limited_by: str
     tried: list[dict[str, Any]] = field(default_factory=list)
+    plans: Mapping[int, Path] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """Return what the report says of it."""
@@ -53,83 +57,84 @@ class Depth:
 
 
 def fewest_that_fit(model: Outline, targets: Sequence[Target], nbytes: int, most: int) -> Depth:
-    """Return the fewest layers without which every target's artifact takes at most so many bytes.
+    """Return how few layers must go for every target's artifact to fit, by the most that its converter may make of it.
 
     Args:
         model: the original.
-        most: how many can go.
+        nbytes: what each artifact may take.
+        most: how many layers can go.
 
     Raises:
-        MkaError: even then one is too large.
+        UsageError: none has to.
+        MkaError: even so one is too large.
     """
 
-    def largest(remove: int) -> str:
+    def too_large(remove: int) -> str:
         shallow = model.with_layers(model.num_layers - remove)
         kept, name = max(
             (load_converter(target.converter).need(shallow, target).kept, target.name) for target in targets
         )
-        return f"with {shallow.num_layers} layers {name} may take {size(kept)}" if kept > nbytes else ""
+        return f"with {shallow.num_layers} {name} may take {size(kept)}" if kept > nbytes else ""
 
-    why = largest(0)
+    why = too_large(0)
+    if not why:
+        raise UsageError(f"--max-size {size(nbytes)}: the artifacts fit as they are", "Use 'mka-export convert'.")
     for remove in range(1, most + 1):
-        before, why = why, largest(remove)
+        before, why = why, too_large(remove)
         if not why:
-            return Depth(remove, f"{size(nbytes)} for an artifact", before or "one layer has to go")
+            return Depth(remove, f"artifacts of at most {size(nbytes)}", before)
     raise MkaError(f"--max-size {size(nbytes)}: even {why}", "Allow more, or choose another --to.")
 
 
-def deepest(measure: Callable[[int], Interval | None], limit: float, layers: int, most: int) -> Depth:
-    """Return the most layers whose absence leaves the whole interval of the perplexity ratio within a limit.
+def deepest(measure: Callable[[int], Interval | str], limit: float, layers: int, most: int) -> Depth:
+    """Return the most layers whose absence leaves the whole interval of the perplexity ratio within a limit, or none.
 
     They are found by halving: where some are too many, more are taken to be so too.
 
     Args:
-        measure: layers that go -> the perplexity ratio; None where so many cannot be merged.
+        measure: layers that go -> the perplexity ratio; or why so many cannot be merged.
         layers: of the original.
         most: how many can go.
-
-    Raises:
-        MkaError: not one can.
     """
     tried, within, broken = [], 0, most + 1
-    why = f"{layers - most} of {layers} layers cannot go"
+    why = f"{layers - most} of {layers} cannot go"
     while broken - within > 1:
         remove = (within + broken) // 2
         ratio = measure(remove)
-        if ratio is not None:
+        if isinstance(ratio, Interval):
             tried.append(_attempt(layers - remove, ratio, "torch"))
-        if ratio is not None and ratio.high <= limit:
+        if isinstance(ratio, Interval) and ratio.high <= limit:
             within = remove
         else:
             broken = remove
-            why = f"{remove} cannot be merged" if ratio is None else f"with {layers - remove} {_shown(ratio)}, in torch"
-    if within == 0:
-        raise _no_layer(why, limit)
+            why = f"{remove} cannot go ({ratio})" if isinstance(ratio, str) else _shown(tried[-1])
     return Depth(within, f"a perplexity ratio of at most {limit:g}", why, tried)
 
 
-def one_less(depth: Depth, layers: int, targets: Sequence[Mapping[str, Any]]) -> Depth | None:
-    """Return a depth with one layer more if an artifact broke the limit, in its runtime; else None.
+def broken_limit(left: int, targets: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
+    """Return an entry for ``Depth.tried`` if an artifact with ``left`` layers runs and breaks the limit, else None.
 
     Args:
-        layers: of the original.
         targets: the report's entries.
-
-    Raises:
-        MkaError: then none would go.
     """
-    left = layers - depth.remove
     for target in targets:
         for check in ((target["comparisons"] or {}).get(COMPRESSION) or {}).get("checks", ()):
-            if check["metric"] == "ppl_ratio" and check["verdict"] != "pass":
-                ratio = Interval(*(math.nan if check[key] is None else check[key] for key in ("value", "low", "high")))
-                runtime = target["runtime"]["name"]
-                why = f"with {left} {_shown(ratio)}, in {runtime}"
-                if depth.remove == 1:
-                    raise _no_layer(why, check["limit"])
-                tried = [*depth.tried, _attempt(left, ratio, runtime)]
-                return Depth(depth.remove - 1, depth.limit, why, tried)
+            if check["metric"] == "ppl_ratio" and check["verdict"] != "pass" and not target["error"]:
+                ratio = {key: check[key] for key in ("value", "low", "high")}
+                return {"layers": left, "ppl_ratio": ratio, "runtime": target["runtime"]["name"]}
     return None
+
+
+def one_less(depth: Depth, attempt: dict[str, Any]) -> Depth:
+    """Return a depth with one layer more: what was attempted broke the limit."""
+    return dataclasses.replace(
+        depth, remove=depth.remove - 1, limited_by=_shown(attempt), tried=[*depth.tried, attempt]
+    )
+
+
+def chance(vocabulary: int) -> float:
+    """Return the loss of guessing evenly among so many tokens, in nats."""
+    return math.log(vocabulary)
 
 
 def search(job: Job, settings: Settings, limit: float) -> Depth:
@@ -142,11 +147,14 @@ def search(job: Job, settings: Settings, limit: float) -> Depth:
         settings: the deepest merge there can be.
 
     Raises:
-        MkaError: no layer can go, or the text is too short.
+        MkaError: no layer can go, or the text is too short or tells nothing.
     """
     count, layers = 2 * job.texts.windows - 1, job.original.num_layers
-    windows = job.evaluation_windows(count).ids[1::2]
-    trials, folder = Trials(job), job.workspace.path / DEPTH
+    try:
+        windows = job.evaluation_windows(count).ids[1::2]
+    except MkaError as error:
+        raise MkaError(f"--ratio auto measures on windows between those of the verdict too: {error}") from error
+    trials, folder, plans = Trials(job), job.workspace.path / DEPTH, {}
     seen = {
         **job.inputs(job.original),
         "evaluation": hashlib.sha256(windows.tobytes()).hexdigest(),
@@ -155,8 +163,9 @@ def search(job: Job, settings: Settings, limit: float) -> Depth:
 
     def measure_original(stage: Path, pieces: Path) -> None:
         write_json(stage / RESULT, _result(score(windows, job.reference, {}, job.progress)))
+        job.reference.close()  # its states need not be in memory while others are merged
 
-    def ratio_without(remove: int) -> Interval | None:
+    def ratio_without(remove: int) -> Interval | str:
         tried = dataclasses.replace(settings, remove=remove)
         inputs = {**seen, "calibration": job.calibration.sha256, "merge": dataclasses.asdict(tried)}
         same = {**inputs, "merge": {**inputs["merge"], "remove": None}}
@@ -164,27 +173,38 @@ def search(job: Job, settings: Settings, limit: float) -> Depth:
         def make(stage: Path, pieces: Path) -> None:
             try:
                 trial = trials.carry_out(tried, stage, kept_pieces(folder, same), windows, {})
-            except (UsageError, NotFinite) as error:
+            except (UsageError, MakesNaN) as error:
                 write_json(stage / RESULT, {"error": str(error)})
             else:
                 write_json(stage / RESULT, _result(trial.scores))
 
-        merged = read_json(job.workspace.stage(tried_stage(layers - remove), inputs, make).path / RESULT)
+        stage = job.workspace.stage(f"{DEPTH}/{layers - remove}-layers", inputs, make)
+        merged = read_json(stage.path / RESULT)
         if "error" in merged:
-            return None
-        gaps = np.array(merged["nll"], dtype=np.float64) - original["nll"]  # None becomes NaN
-        return bootstrap_means(gaps[:, None])[0].exp()
+            return str(merged["error"])
+        plans[remove] = stage.path / PLAN
+        return bootstrap_means((_losses(merged) - original)[:, None])[0].exp()
 
-    original = read_json(job.workspace.stage(f"{DEPTH}/{ORIGINAL}", seen, measure_original).path / RESULT)
+    original = _losses(read_json(job.workspace.stage(f"{DEPTH}/{ORIGINAL}", seen, measure_original).path / RESULT))
+    if not original.mean() < chance(job.original.vocab_size):
+        raise MkaError(
+            "--ratio auto: the original guesses no better than chance on the evaluation text, so its perplexity tells "
+            "nothing",
+            "Give another --text, or a fixed --ratio.",
+        )
     found = deepest(ratio_without, limit, layers, settings.remove)
     trials.end()
     shutil.rmtree(pieces_folder(folder), ignore_errors=True)
-    return found
+    if found.remove == 0:
+        raise MkaError(
+            f"--ratio auto: no layer can go: {found.limited_by}, and the limit is {limit:g}",
+            "Raise --max-ppl-ratio, or give --calibration a text like the one that counts.",
+        )
+    return dataclasses.replace(found, plans=plans)
 
 
-def tried_stage(layers: int) -> str:
-    """Return the name of the stage that tried a depth; it holds the plan of the merge."""
-    return f"{DEPTH}/{layers}-layers"
+def _losses(result: Mapping[str, Any]) -> NDArray[np.float64]:
+    return np.array(result["nll"], dtype=np.float64)  # None becomes NaN
 
 
 def _result(scores: Scores) -> dict[str, Any]:
@@ -196,12 +216,9 @@ def _attempt(layers: int, ratio: Interval, runtime: str) -> dict[str, Any]:
     return {"layers": layers, "ppl_ratio": with_nulls(dataclasses.asdict(ratio)), "runtime": runtime}
 
 
-def _no_layer(why: str, limit: float) -> MkaError:
-    return MkaError(
-        f"--ratio auto: no layer can go: {why}, and the limit is {limit:g}",
-        "Raise --max-ppl-ratio, or give --calibration a text like the one that counts.",
+def _shown(attempt: Mapping[str, Any]) -> str:
+    value, low, high = (
+        "no number" if figure is None else f"{figure:.4g}"
+        for figure in map(attempt["ppl_ratio"].get, ("value", "low", "high"))
     )
-
-
-def _shown(ratio: Interval) -> str:
-    return f"the perplexity ratio is {ratio.value:.4g} ({ratio.low:.4g} to {ratio.high:.4g})"
+    return f"with {attempt['layers']} it is {value} ({low} to {high}), in {attempt['runtime']}"

@@ -29,7 +29,7 @@ from mka_export.needs import Need
 from mka_export.options import AUTO, DeviceOptions, HealOptions, MergeOptions, OutputOptions, TextOptions
 from mka_export.parity.comparison import HEALED, MERGED, measure, measuring_bytes
 from mka_export.parity.verdict import judge
-from mka_export.pipeline.depth import DEPTH, Depth, fewest_that_fit, one_less, search, tried_stage
+from mka_export.pipeline.depth import DEPTH, Depth, broken_limit, fewest_that_fit, one_less, search
 from mka_export.pipeline.forecast import Forecast, left_to_do
 from mka_export.pipeline.job import SAMPLED, Job, stem
 from mka_export.report import write_report
@@ -47,10 +47,11 @@ def merge_settings(options: MergeOptions, layers: int) -> Settings:
         UsageError: the ratio does not fit the model.
     """
     protect = METHODS[options.method].protect if options.protect is None else options.protect
-    if isinstance(options.ratio, float):
-        remove = layers_to_remove(options.ratio, layers, protect)
-    else:
+    if options.ratio == AUTO:
         remove = removable(layers, protect)
+    else:
+        assert options.ratio is not None
+        remove = layers_to_remove(float(options.ratio), layers, protect)
     return Settings(remove, options.method, options.measure, options.schedule, protect, options.alpha)
 
 
@@ -141,13 +142,14 @@ class Export(Job):
             stages[SAMPLED] = Need(kept=ids + text, memory=sampling_bytes(model, min(CALIBRATION_WINDOW, tokens)))
         if self.planned is not None:
             settings = self._settings(self.planned, model.architecture.name, layers)
-            method = settings.method
-            need = merge_need(model, settings.remove, method, tokens, CALIBRATION_WINDOW)
-            if self.planned.ratio == AUTO:  # what is tried is not kept, and at least one layer goes
+            method, remove = settings.method, settings.remove
+            if self.planned.max_size is not None:
+                remove = fewest_that_fit(model, self.targets, self.planned.max_size, remove).remove
+            need = merge_need(model, remove, method, tokens, CALIBRATION_WINDOW)
+            if self._searches:  # what is tried is not kept; at least one layer goes
                 stages[DEPTH] = Need(scratch=need.kept + need.scratch, memory=need.memory)
-                layers -= 1
-            else:
-                layers -= settings.remove
+                remove, method = 1, f"{method}, or fewer"
+            layers -= remove
             stages[MERGED] = dataclasses.replace(need, kept=model.with_layers(layers).nbytes)
         elif any(target.activations for target in self.targets):
             stages[CALIBRATION] = calibration_need(model, tokens)
@@ -156,12 +158,15 @@ class Export(Job):
             count = max(1, self.healing.heal_tokens // CALIBRATION_WINDOW)
             stages[HEALED] = heal_need(model, shallow, count, CALIBRATION_WINDOW)
         windows = (self.texts.windows, self.texts.window_tokens)
-        if not self.targets:
+        if self.planned is not None and not self.targets:
             stages[f"{PARITY}/{[*stages][-1]}"] = Need(memory=measuring_bytes(model, 0, *windows))
         for target in self.targets:
             made = load_converter(target.converter).need(shallow, target)
             stages[target.name] = made
             stages[f"{PARITY}/{target.name}"] = Need(memory=measuring_bytes(model, made.kept, *windows))
+        if self._searches:  # where one layer less goes after all, what was made is replaced
+            again = sum(stages[name].kept for name in (MERGED, *(target.name for target in self.targets)))
+            stages[MERGED] = dataclasses.replace(stages[MERGED], scratch=stages[MERGED].scratch + again)
         return Forecast(model, layers, method, cache, fetch, self.out, left_to_do(self.out, stages))
 
     def settle_depth(self) -> None:
@@ -179,26 +184,50 @@ class Export(Job):
         else:
             limits = [target.compression.max_ppl_ratio for target in self.targets]
             self.depth = search(self, settings, min(limit for limit in limits if limit is not None))
+            while self.depth.remove > 1 and (refused := self.workspace.kept(*self._refusal())) is not None:
+                self.depth = one_less(self.depth, read_json(refused.path / RESULT))
         self._say_depth()
 
     def step_back(self, targets: Sequence[Mapping[str, Any]]) -> bool:
-        """Let one layer less go if an artifact breaks the limit that the depth was chosen by; returns whether it does.
+        """Let one layer less go, if there are several and an artifact breaks the limit; returns whether it does.
 
-        Raises:
-            MkaError: then none would go.
+        That is remembered, so that an interrupted job goes on there. The new depth was chosen by the windows of the
+        verdict, which the report says.
         """
-        if self.depth is None or self.planned is None or self.planned.max_size is not None:
+        if self.depth is None or not self._searches:
             return False
-        shallower = one_less(self.depth, self.original.num_layers, targets)
-        if shallower is not None:
-            self.depth = shallower
-            self._say_depth()
-        return shallower is not None
+        attempt = broken_limit(self.original.num_layers - self.depth.remove, targets)
+        if attempt is None or self.depth.remove == 1:
+            return False
+        name, inputs = self._refusal()
+        self.workspace.stage(name, inputs, lambda folder, pieces: write_json(folder / RESULT, attempt))
+        self.depth = one_less(self.depth, attempt)
+        self._say_depth()
+        return True
+
+    def _refusal(self) -> tuple[str, dict[str, Any]]:
+        """Return name and inputs of the stage that says that artifacts of the depth break the limit."""
+        assert self.planned is not None
+        assert self.depth is not None
+        inputs = {
+            **self.inputs(self.original),
+            "calibration": self.calibration.sha256,
+            "evaluation": [self._text.evaluation.sha256, self.evaluation.sha256],
+            "devices": dataclasses.asdict(self.device),
+            "merge": dataclasses.asdict(merge_settings(self.planned, self.original.num_layers)),
+            "targets": [dataclasses.asdict(target) for target in self.targets],
+        }
+        return f"{DEPTH}/{self.original.num_layers - self.depth.remove}-layers-refused", inputs
 
     def _say_depth(self) -> None:
         assert self.depth is not None
         left = self.original.num_layers - self.depth.remove
-        self.progress.say(f"{left} of {self.original.num_layers} layers stay: {self.depth.limited_by}")
+        self.progress.say(f"{left} layers are the limit of {self.depth.limit}: {self.depth.limited_by}")
+
+    @property
+    def _searches(self) -> bool:
+        """Whether depths are tried."""
+        return self.planned is not None and self.planned.ratio == AUTO and self.planned.max_size is None
 
     def merge(self) -> Checkpoint:
         """Publish the merged checkpoint, with its plan, heat map and activations.
@@ -301,8 +330,8 @@ class Export(Job):
             settings = merge_settings(options, layers)
             if self.depth is None:
                 return settings
-            tried = self.workspace.path / tried_stage(layers - self.depth.remove) / PLAN
-            return read_plan(tried) if tried.is_file() else dataclasses.replace(settings, remove=self.depth.remove)
+            tried = self.depth.plans.get(self.depth.remove)
+            return read_plan(tried) if tried is not None else dataclasses.replace(settings, remove=self.depth.remove)
         plan = read_plan(options.plan)
         if (plan.model["architecture"], plan.model["layers"]) != (family, layers):
             raise UsageError(
@@ -320,6 +349,11 @@ class Export(Job):
     def finish(self, targets: list[dict[str, Any]]) -> int:
         """Write report and manifest, print the report; returns the exit code."""
         report = self.report(self._merge_report, self._heal_report, targets, self.workspace.stages)
+        if self.depth is not None and any(attempt["runtime"] != "torch" for attempt in self.depth.tried):
+            report["warnings"].append(
+                "One layer less goes because an artifact broke the limit on the windows of the verdict: on these it is a "
+                "little too good."
+            )
         report = write_report(report, self.workspace.path / REPORT)
         self.write_manifest()
         return self.show(report)

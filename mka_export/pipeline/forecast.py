@@ -12,7 +12,7 @@ import psutil
 from mka_export.errors import WorkspaceError
 from mka_export.models.outline import Outline
 from mka_export.needs import Need, disk_peak, existing, free_bytes, size
-from mka_export.workspace import pieces_folder
+from mka_export.workspace import RECORD, pieces_folder
 
 FETCH = "fetch"
 # Python with torch, transformers and scikit-learn in it, and the runtime's process with llama.cpp: measured 0.43
@@ -107,7 +107,7 @@ def left_to_do(out: Path, stages: Mapping[str, Need]) -> dict[str, Need]:
     left = {}
     for name, need in stages.items():
         final = out / name
-        if final.is_dir():
+        if (final / RECORD).is_file():
             left[name] = Need()
         else:
             pieces = sum(path.stat().st_size for path in pieces_folder(final).rglob("*") if path.is_file())

@@ -10,7 +10,7 @@ from mka_export.merge.measures import DEFAULT, MEASURES
 from mka_export.merge.methods import METHODS
 from mka_export.merge.plan import read_plan
 from mka_export.merge.stage import layers_to_remove
-from mka_export.options import AUTO, ITERATIVE, ConvertOptions, LimitOptions, MergeOptions, TextOptions
+from mka_export.options import AUTO, ITERATIVE, ConvertOptions, HealOptions, LimitOptions, MergeOptions, TextOptions
 from mka_export.parity.comparison import HEALED, MERGED
 from mka_export.parity.runtimes import RUNTIMES
 from mka_export.parity.statistics import MIN_WINDOWS
@@ -32,7 +32,7 @@ def check_merge(options: MergeOptions) -> None:
     if isinstance(options.ratio, float):
         layers_to_remove(options.ratio, 10**6, 0)
     if options.max_size is not None and options.ratio != AUTO:
-        raise UsageError("--max-size goes with --ratio auto", "Give only one of --max-size and a fixed --ratio.")
+        raise UsageError("--max-size goes with --ratio auto", "Leave one of them out, or give both.")
     if options.plan is not None:
         read_plan(options.plan)
     if options.method not in METHODS:
@@ -48,19 +48,26 @@ def check_merge(options: MergeOptions) -> None:
         raise UsageError(f"--alpha is for --method mka-paper; {options.method} does not average", "Leave it out.")
 
 
-def check_limit(merge: MergeOptions, targets: Sequence[Target], texts: TextOptions) -> None:
+def check_limit(merge: MergeOptions, heal: HealOptions, targets: Sequence[Target], texts: TextOptions) -> None:
     """Check that ``--ratio auto`` has a limit to go by.
 
     Raises:
-        UsageError: it has none, or too few windows to judge by.
+        UsageError: it has none, or it cannot be judged by.
     """
     if merge.ratio != AUTO:
         return
     if not targets:
         raise UsageError("--ratio auto needs a target, whose artifact keeps to the limit", "Leave out 'merge'.")
-    if merge.max_size is None and all(target.compression.max_ppl_ratio is None for target in targets):
+    if merge.max_size is not None:
+        return
+    if heal.heal != "none":
+        raise UsageError(
+            "--ratio auto measures what merging leaves, before it is healed",
+            "Find the depth first, and give it as --ratio with --heal.",
+        )
+    if all(target.compression.max_ppl_ratio is None for target in targets):
         raise UsageError("--ratio auto: there is no limit", "Give --max-ppl-ratio or --max-size.")
-    if merge.max_size is None and texts.windows <= MIN_WINDOWS:
+    if texts.windows <= MIN_WINDOWS:
         raise UsageError(
             f"--ratio auto: {texts.windows} windows are too few to judge by",
             f"Give --windows {MIN_WINDOWS + 1} or more.",

@@ -65,7 +65,7 @@ class Trials:
             windows, references: as for ``parity.metrics.score``.
 
         Raises:
-            UsageError, UnsupportedError, NotFinite: the layers cannot be merged so, or what is left makes NaN.
+            UsageError, UnsupportedError, MakesNaN: the layers cannot be merged so, or make NaN.
         """
         job, merged, states = self._job, folder / MERGED, self._states
         merged.mkdir()

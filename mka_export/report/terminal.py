@@ -34,10 +34,10 @@ def print_report(report: Mapping[str, Any], console: Console) -> None:
 
 def print_loss(found: Mapping[str, Any], console: Console, *, quiet: bool) -> None:
     """Print what a checkpoint lost to merging, from the fields of its verdict; only the warnings if ``quiet``."""
-    for comparison in () if quiet else found["comparisons"].values():
+    if not quiet:
         first, last = found["steps"]
         line = Text(f"perplexity {number(first['perplexity'])} → {number(last['perplexity'])}, to the original's: ")
-        console.print(line + interval(comparison["ppl_ratio"]) + Text(f", in {last['runtime']}"))
+        console.print(line + interval(found["comparisons"]["compression"]["ppl_ratio"]) + f", in {last['runtime']}")
     if error := found["error"]:
         console.print(Text(f"Warning: {error}", style="bold red"))
     _print_warnings(found["warnings"], console)
@@ -72,7 +72,8 @@ def _about_the_model(report: Mapping[str, Any]) -> Iterator[str]:
         if spans := merge.get("layers"):
             yield f"Layers    {_spans(spans)}"
         if depth := merge["depth"]:
-            yield f"Depth     by {depth['limit']}: {depth['limited_by']}"
+            left = merge["layers_after"]
+            yield f"Depth     {left} layers are the limit of {depth['limit']}: {depth['limited_by']}"
     if heal := report["heal"]:
         looks = {look["step"]: look["kl"] for look in heal["held_out"]}
         yield (

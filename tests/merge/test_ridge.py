@@ -47,6 +47,12 @@ def test_it_is_the_minimum(rows, monkeypatch):
     assert found.unexplained == pytest.approx(float(left), rel=0.02, abs=1e-6)
 
 
+def test_few_rows_move_little():
+    assert pull(1000, 100) == 0.1
+    assert pull(50, 100) == 2.0
+    assert pull(10**9, 100) == 0.01
+
+
 def test_it_stays_where_it_is_if_that_is_right():
     a, _, prior = problem(300)
     found = fitted(a, a @ prior.T, prior)

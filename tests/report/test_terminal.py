@@ -74,9 +74,10 @@ def test_size_layers_and_tensor_types(report: dict[str, Any]) -> None:
 
 def test_what_decided_the_depth_is_said(report: dict[str, Any]) -> None:
     assert "Depth" not in printed(report)
-    why = "with 26 the perplexity ratio is 1.61 (1.5 to 1.7), in torch"
+    why = "with 26 it is 1.61 (1.5 to 1.7), in torch"
     report["merge"]["depth"] = {"limit": "a perplexity ratio of at most 1.5", "limited_by": why, "tried": []}
-    assert line_with(printed(report), "Depth") == f"Depth     by a perplexity ratio of at most 1.5: {why}"
+    expected = f"Depth     27 layers are the limit of a perplexity ratio of at most 1.5: {why}"
+    assert line_with(printed(report), "Depth") == expected
 
 
 def test_continuations_stand_side_by_side_and_markup_is_inert(report: dict[str, Any]) -> None:
