@@ -65,8 +65,7 @@ def fewest_that_fit(model: Outline, targets: Sequence[Target], nbytes: int, most
         most: how many layers can go.
 
     Raises:
-        UsageError: none has to.
-        MkaError: even so one is too large.
+        UsageError: none has to, or even so one is too large.
     """
 
     def too_large(remove: int) -> str:
@@ -83,7 +82,7 @@ def fewest_that_fit(model: Outline, targets: Sequence[Target], nbytes: int, most
         before, why = why, too_large(remove)
         if not why:
             return Depth(remove, f"artifacts of at most {size(nbytes)}", before)
-    raise MkaError(f"--max-size {size(nbytes)}: even {why}", "Allow more, or choose another --to.")
+    raise UsageError(f"--max-size {size(nbytes)}: even {why}", "Allow more, or choose another --to.")
 
 
 def deepest(measure: Callable[[int], Interval | str], limit: float, layers: int, most: int) -> Depth:

@@ -15,7 +15,22 @@ CASES: dict[str, tuple[list[str], str]] = {
     "the ratio is 1": (["{model}", "--ratio", "1", *TO], "between 0 and 1"),
     "the ratio is negative": (["{model}", "--ratio", "-0.1", *TO], "between 0 and 1"),
     "the ratio is NaN": (["{model}", "--ratio", "nan", *TO], "between 0 and 1"),
-    "the ratio is no number": (["{model}", "--ratio", "half", *TO], "'half' is not a valid float"),
+    "the ratio is no number": (["{model}", "--ratio", "half", *TO], "'half' is neither a number nor auto"),
+    "a limit decides how many layers go, and nothing is made": (
+        ["merge", "{model}", "--ratio", "auto"],
+        "needs a target",
+    ),
+    "a limit decides how many layers go, and healing comes after": (
+        ["{model}", "--ratio", "auto", "--heal", "distill", *TO],
+        "before it is healed",
+    ),
+    "a size beside a ratio": (["{model}", *MERGE, *TO, "--max-size", "1GB"], "--max-size goes with --ratio auto"),
+    "a size in no known unit": (["{model}", "--ratio", "auto", *TO, "--max-size", "1TB"], "'1TB' is no size"),
+    "a size of 400 digits": (["{model}", "--ratio", "auto", *TO, "--max-size", "9" * 400], "is no size"),
+    "a size that nothing fits into": (
+        ["{model}", "--ratio", "auto", *TO, "--max-size", "1KB"],
+        "gguf-q4 may take 1.3 MB",
+    ),
     "a limit is NaN": (["{model}", *MERGE, *TO, "--max-ppl-ratio", "nan"], "'nan' is no finite number"),
     "a limit is infinite": (["{model}", *MERGE, *TO, "--max-mean-kl", "inf"], "'inf' is no finite number"),
     "the ratio reaches the protected layers": (["{model}", "--ratio", "0.9", *TO], "at most 1 can go"),

@@ -227,7 +227,7 @@ def test_healing_is_forecast(pico_llama, tmp_path):
         "--json",
     ]
     plain, found = (json.loads(type_in(*job, *more).stdout)["stages"] for more in ([], HEAL))
-    assert set(found) - set(plain) == {"healed"}
+    assert set(found) - set(plain) == {"healed", "parity/healed"}
     assert found["healed"]["memory"] > 16 * 10**5
 
 
