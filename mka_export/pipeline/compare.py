@@ -145,7 +145,7 @@ class Compare(Job):
     def _evaluation(self) -> dict[str, Any]:
         return {
             **self.inputs(self.original),
-            "evaluation": [self._text.evaluation.sha256, self.evaluation.sha256],
+            **self.evaluation_inputs(),
             "device": self.device.device,
         }
 

@@ -212,7 +212,7 @@ class Export(Job):
         inputs = {
             **self.inputs(self.original),
             "calibration": self.calibration.sha256,
-            "evaluation": [self._text.evaluation.sha256, self.evaluation.sha256],
+            **self.evaluation_inputs(),
             "devices": dataclasses.asdict(self.device),
             "merge": dataclasses.asdict(merge_settings(self.planned, self.original.num_layers)),
             "targets": [dataclasses.asdict(target) for target in self.targets],
@@ -308,7 +308,7 @@ class Export(Job):
         inputs = {
             **self.inputs(checkpoint),
             "original": self.original.fingerprint,
-            "evaluation": [self._text.evaluation.sha256, self.evaluation.sha256],
+            **self.evaluation_inputs(),
             "device": self.device.device,
         }
 
@@ -400,7 +400,7 @@ class Export(Job):
             **self.inputs(checkpoint),
             "artifact": dict(made.files),
             "lineage": [checkpoint.fingerprint for checkpoint in (self.original, *self.lineage.values())],
-            "evaluation": [self._text.evaluation.sha256, self.evaluation.sha256],
+            **self.evaluation_inputs(),
             "limits": [dataclasses.asdict(target.conversion), dataclasses.asdict(target.compression)],
             "devices": dataclasses.asdict(self.device),
         }

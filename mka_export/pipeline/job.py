@@ -143,6 +143,10 @@ class Job:
         """Return what every stage made from a checkpoint depends on."""
         return {"model": checkpoint.fingerprint, "versions": versions(*PACKAGES)}
 
+    def evaluation_inputs(self) -> dict[str, Any]:
+        """Return what a measurement on the evaluation windows depends on, besides the model and the device."""
+        return {"evaluation": [self._text.evaluation.sha256, self.evaluation.sha256]}
+
     @cached_property
     def calibration(self) -> Windows:
         """The calibration windows; what is raised is said at ``windows``."""
