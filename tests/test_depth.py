@@ -231,3 +231,11 @@ def test_it_is_forecast(pico_llama, tmp_path):
     found = json.loads(type_in(*job).stdout)
     assert {"depth", "merged", "gguf-f16"} <= set(found["stages"])
     assert found["stages"]["depth"]["scratch"] > found["stages"]["merged"]["kept"]
+    assert (found["method"], found["layers"], found["or_fewer"]) == ("mka", 5, True)
+    assert "6 → 5 layers or fewer by mka" in type_in(*job[:-1]).stdout
+
+
+def test_a_finished_search_is_not_forecast_again(searched):
+    model, out, _ = searched
+    job = [model, *AUTO, "--max-ppl-ratio", "9", "--out", out, *SMALL, "--dry-run", "--json"]
+    assert json.loads(type_in(*job).stdout)["disks"][str(out)]["needed"] == 0

@@ -24,8 +24,8 @@ from mka_export.options import (
     PreviewOptions,
     TextOptions,
 )
-from mka_export.pipeline.export import REPORT, Export
-from mka_export.pipeline.job import SAMPLED, Job, stem
+from mka_export.pipeline.export import Export
+from mka_export.pipeline.job import REPORT, SAMPLED, Job, stem
 from mka_export.pipeline.machine import examine
 from mka_export.pipeline.requests import check_limit, check_merge, given_limits, load_targets
 from mka_export.report import print_forecast, print_loss, print_machine, write_report
@@ -54,12 +54,13 @@ def run(
     export = Export(model, merge, heal, targets, texts, device, output, "mka")
 
     def work() -> int:
-        export.settle_depth()
+        if export.auto:
+            export.auto.settle()
         while True:
             export.merge()
             export.heal()
             made = export.make()
-            if not export.step_back(made):
+            if not (export.auto and export.auto.step_back(made)):
                 return export.finish(made)
 
     return _carry_out(export, preview, work)

@@ -4,24 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import shutil
-from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-from mka_export.errors import UnsupportedError, UsageError, unknown_name
+from mka_export.errors import UsageError, unknown_name
 from mka_export.inputs import CALIBRATION_WINDOW
 from mka_export.merge.choose import Settings
 from mka_export.merge.measures import DEFAULT, MEASURES
 from mka_export.merge.methods import METHODS
 from mka_export.merge.needs import merge_need
 from mka_export.merge.stage import layers_to_remove
-from mka_export.models.checkpoint import read_json
 from mka_export.models.outline import Outline
-from mka_export.models.runner import MakesNaN
 from mka_export.needs import require_room
 from mka_export.options import (
     ITERATIVE,
@@ -33,20 +28,16 @@ from mka_export.options import (
     TextOptions,
 )
 from mka_export.parity.comparison import ORIGINAL
-from mka_export.parity.metrics import ARTIFACT, score
 from mka_export.parity.statistics import bootstrap_means, perplexity
-from mka_export.pipeline.export import merge_settings
 from mka_export.pipeline.job import PACKAGES, SAMPLED, Job, stem, versions
-from mka_export.pipeline.requests import check_merge
-from mka_export.pipeline.trials import Trials
+from mka_export.pipeline.requests import check_merge, merge_settings
+from mka_export.pipeline.trials import Means, Trial, Trials
 from mka_export.report import draw_methods, print_methods, with_nulls
-from mka_export.workspace import Workspace, kept_pieces, pieces_folder, write_atomically, write_json
+from mka_export.workspace import Workspace, write_atomically
 
 FORMAT = "mka-export/comparison"
-RESULT, COMPARISON, PICTURES = "result.json", "comparison.json", ("comparison.png", "comparison.svg")
+COMPARISON, PICTURES = "comparison.json", ("comparison.png", "comparison.svg")
 OURS = "mka"  # which the others are held against
-
-Means = NDArray[np.float64]  # (windows,): the mean over a window's predicted tokens
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,6 +53,15 @@ class Contestant:
     name: str
     method: str
     schedule: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """A method at a number of layers, and what came of it."""
+
+    name: str
+    layers: int
+    trial: Trial
 
 
 ALL = [
@@ -103,8 +103,8 @@ class Compare(Job):
             self.open()
             planned = [(one, list(self._settings(one))) for one in self.contestants]
             self._check_room([settings for _, several in planned for settings in several])
-            self._trials = Trials(self)
-            original = self._original()
+            self._trials = Trials(self, self.evaluation.ids, divergence=True)
+            original = self._trials.original(ORIGINAL)
             rows = [row for one, several in planned for row in self._method(one, several)]
             self._trials.end()
             found = self._summary(original, rows)
@@ -142,58 +142,17 @@ class Compare(Job):
         disk = max(need.kept + need.scratch for need in needs) - there
         require_room(self.out, disk, "comparing the methods", "Free space there, or choose another --out.")
 
-    def _evaluation(self) -> dict[str, Any]:
-        return {
-            **self.inputs(self.original),
-            **self.evaluation_inputs(),
-            "device": self.device.device,
-        }
-
-    def _original(self) -> Means:
-        def make(folder: Path, pieces: Path) -> None:
-            scores = score(self.evaluation.ids, self.reference, {}, self.progress)
-            write_json(folder / RESULT, {"nll": scores.nll[ARTIFACT].mean(axis=1).tolist()})
-
-        return np.array(read_json(self.workspace.stage(ORIGINAL, self._evaluation(), make).path / RESULT)["nll"])
-
-    def _method(self, one: Contestant, several: Sequence[Settings]) -> Iterator[dict[str, Any]]:
+    def _method(self, one: Contestant, several: Sequence[Settings]) -> Iterator[Row]:
         """Yield the results of one method, from the lowest ratio to the highest."""
-        folder, calibration = self.workspace.path / one.name, self.calibration
         for settings in several:
-            inputs = {
-                **self._evaluation(),
-                "calibration": calibration.sha256,
-                "merge": dataclasses.asdict(settings),
-            }
             layers = self.original.num_layers - settings.remove
             self.progress.say(f"{one.name}, {layers} layers")
-            same = {**inputs, "merge": {**inputs["merge"], "remove": None}}
+            yield Row(one.name, layers, self._trials.carry_out(settings, one.name))
+        self._trials.end(one.name)
 
-            def make(stage: Path, pieces: Path, settings: Settings = settings, same: Mapping[str, Any] = same) -> None:
-                write_json(stage / RESULT, self._try(settings, stage, kept_pieces(folder, same)))
-
-            stage = self.workspace.stage(f"{one.name}/{layers}-layers", inputs, make)
-            yield {"name": one.name, "layers": layers, **read_json(stage.path / RESULT)}
-        shutil.rmtree(pieces_folder(folder), ignore_errors=True)
-
-    def _try(self, settings: Settings, folder: Path, pieces: Path) -> dict[str, Any]:
-        """Merge, measure, and leave only the plan; returns what was found, or why nothing could be."""
-        try:
-            references = {ORIGINAL: self.reference}
-            trial = self._trials.carry_out(settings, folder, pieces, self.evaluation.ids, references)
-        except (UsageError, UnsupportedError, MakesNaN) as error:
-            return {"error": str(error)}
-        scores = trial.scores
-        divergence = scores.divergence[ORIGINAL]
-        values = {"nll": scores.nll[ARTIFACT], "kl": divergence.kl, "top1": divergence.same_top}
-        means = {name: each.mean(axis=1).tolist() for name, each in values.items()}
-        cost = {"seconds": round(trial.seconds, 2), "peak_memory_bytes": trial.peak_memory}
-        found: dict[str, Any] = with_nulls({**cost, **means})
-        return found
-
-    def _summary(self, original: Means, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    def _summary(self, original: Means, rows: Sequence[Row]) -> dict[str, Any]:
         """Return all figures with their errors, as they stand in the file."""
-        ours = {row["layers"]: _means(row)["nll"] for row in rows if row["name"] == OURS and "error" not in row}
+        ours = {row.layers: row.trial.nll for row in rows if row.name == OURS and row.trial.error is None}
         bits = np.log(2) * self.evaluation.bytes_per_token
         value, error = perplexity(original[:, None])
         found: dict[str, Any] = with_nulls(
@@ -211,39 +170,32 @@ class Compare(Job):
                 "original": {"perplexity": value, "perplexity_se": error, "bits_per_byte": original.mean() / bits},
                 "against": OURS,
                 "results": [
-                    _figures(row, original, None if row["name"] == OURS else ours.get(row["layers"]), bits)
-                    for row in rows
+                    _figures(row, original, None if row.name == OURS else ours.get(row.layers), bits) for row in rows
                 ],
             }
         )
         return found
 
 
-def _means(row: Mapping[str, Any]) -> dict[str, Means]:
-    return {name: np.array(row[name], dtype=np.float64) for name in ("nll", "kl", "top1")}  # None becomes NaN
-
-
-def _figures(row: Mapping[str, Any], original: Means, ours: Means | None, bits: float) -> dict[str, Any]:
+def _figures(row: Row, original: Means, ours: Means | None, bits: float) -> dict[str, Any]:
     """Return one result: figures with 95 % intervals, paired over windows with the original and, unless None, with ours."""
-    if "error" in row:
-        return dict(row)
-    means = _means(row)
-    nll = means["nll"]
-    value, error = perplexity(nll[:, None])
-    columns = [nll - original, means["kl"], means["top1"], nll - (nll if ours is None else ours)]
+    trial, where = row.trial, {"name": row.name, "layers": row.layers}
+    if trial.error is not None:
+        return {**where, "error": trial.error}
+    value, error = perplexity(trial.nll[:, None])
+    columns = [trial.nll - original, trial.kl, trial.top1, trial.nll - (trial.nll if ours is None else ours)]
     ratio, kl, top1, against = bootstrap_means(np.stack(columns, axis=1))
     return {
-        "name": row["name"],
-        "layers": row["layers"],
+        **where,
         "perplexity": value,
         "perplexity_se": error,
         "ppl_ratio": dataclasses.asdict(ratio.exp()),
-        "bits_per_byte": float(nll.mean()) / bits,
+        "bits_per_byte": float(trial.nll.mean()) / bits,
         "mean_kl": dataclasses.asdict(kl),
         "top1": dataclasses.asdict(top1),
         "ppl_against": None if ours is None else dataclasses.asdict(against.exp()),
-        "seconds": row["seconds"],
-        "peak_memory_bytes": row["peak_memory_bytes"],
+        "seconds": trial.seconds,
+        "peak_memory_bytes": trial.peak_memory_bytes,
     }
 
 

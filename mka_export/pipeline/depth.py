@@ -3,34 +3,27 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import math
-import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
 from mka_export.errors import MkaError, UsageError
 from mka_export.merge.choose import Settings
-from mka_export.merge.stage import PLAN
+from mka_export.merge.plan import Plan, read_plan
 from mka_export.models.checkpoint import read_json
 from mka_export.models.outline import Outline
-from mka_export.models.runner import MakesNaN
 from mka_export.needs import size
+from mka_export.options import MergeOptions
 from mka_export.parity.comparison import COMPRESSION, ORIGINAL
-from mka_export.parity.metrics import ARTIFACT, Scores, score
 from mka_export.parity.statistics import Interval, bootstrap_means
-from mka_export.pipeline.job import Job
-from mka_export.pipeline.trials import Trials
+from mka_export.pipeline.job import DEPTH, Job
+from mka_export.pipeline.requests import merge_settings
+from mka_export.pipeline.trials import RESULT, Trials
 from mka_export.report import with_nulls
 from mka_export.target import Target, load_converter
-from mka_export.workspace import kept_pieces, pieces_folder, write_json
-
-DEPTH, RESULT = "depth", "result.json"
+from mka_export.workspace import write_json
 
 
 @dataclass(frozen=True)
@@ -136,79 +129,140 @@ def chance(vocabulary: int) -> float:
     return math.log(vocabulary)
 
 
-def search(job: Job, settings: Settings, limit: float) -> Depth:
-    """Return the depth that a limit of the perplexity ratio allows, measured in torch.
-
-    The windows lie between those of the verdict, which would be none on what it helped to choose.
+class AutoRatio:
+    """``--ratio auto`` of one job: a limit decides how many layers go.
 
     Args:
-        job: opened, with its workspace.
-        settings: the deepest merge there can be.
+        job: which merges and makes the targets.
+        options: of the merge.
+        targets: whose artifacts keep to the limit.
 
-    Raises:
-        MkaError: no layer can go, or the text is too short or tells nothing.
+    Attributes:
+        depth: what the limit leaves, once it is settled.
+        searches: whether depths are tried; a limit of the size is kept by counting.
     """
-    count, layers = 2 * job.texts.windows - 1, job.original.num_layers
-    try:
-        windows = job.evaluation_windows(count).ids[1::2]
-    except MkaError as error:
-        raise MkaError(f"--ratio auto measures on windows between those of the verdict too: {error}") from error
-    trials, folder, plans = Trials(job), job.workspace.path / DEPTH, {}
-    seen = {
-        **job.inputs(job.original),
-        "evaluation": hashlib.sha256(windows.tobytes()).hexdigest(),
-        "device": job.device.device,
-    }
 
-    def measure_original(stage: Path, pieces: Path) -> None:
-        write_json(stage / RESULT, _result(score(windows, job.reference, {}, job.progress)))
-        job.reference.close()  # its states need not be in memory while others are merged
+    depth: Depth | None = None
 
-    def ratio_without(remove: int) -> Interval | str:
-        tried = dataclasses.replace(settings, remove=remove)
-        inputs = {**seen, "calibration": job.calibration.sha256, "merge": dataclasses.asdict(tried)}
-        same = {**inputs, "merge": {**inputs["merge"], "remove": None}}
+    def __init__(self, job: Job, options: MergeOptions, targets: Sequence[Target]) -> None:
+        self._job, self._options, self._targets = job, options, targets
+        self.searches = options.max_size is None
 
-        def make(stage: Path, pieces: Path) -> None:
-            try:
-                trial = trials.carry_out(tried, stage, kept_pieces(folder, same), windows, {})
-            except (UsageError, MakesNaN) as error:
-                write_json(stage / RESULT, {"error": str(error)})
-            else:
-                write_json(stage / RESULT, _result(trial.scores))
+    def least(self, model: Outline) -> int:
+        """Return how many layers of the original go at least.
 
-        stage = job.workspace.stage(f"{DEPTH}/{layers - remove}-layers", inputs, make)
-        merged = read_json(stage.path / RESULT)
-        if "error" in merged:
-            return str(merged["error"])
-        plans[remove] = stage.path / PLAN
-        return bootstrap_means((_losses(merged) - original)[:, None])[0].exp()
+        Raises:
+            UsageError: its artifacts keep to the limit of the size as they are, or even the smallest do not.
+        """
+        return 1 if self.searches else self._fewest(model).remove
 
-    original = _losses(read_json(job.workspace.stage(f"{DEPTH}/{ORIGINAL}", seen, measure_original).path / RESULT))
-    if not original.mean() < chance(job.original.vocab_size):
-        raise MkaError(
-            "--ratio auto: the original guesses no better than chance on the evaluation text, so its perplexity tells "
-            "nothing",
-            "Give another --text, or a fixed --ratio.",
-        )
-    found = deepest(ratio_without, limit, layers, settings.remove)
-    trials.end()
-    shutil.rmtree(pieces_folder(folder), ignore_errors=True)
-    if found.remove == 0:
-        raise MkaError(
-            f"--ratio auto: no layer can go: {found.limited_by}, and the limit is {limit:g}",
-            "Raise --max-ppl-ratio, or give --calibration a text like the one that counts.",
-        )
-    return dataclasses.replace(found, plans=plans)
+    def _fewest(self, model: Outline) -> Depth:
+        assert self._options.max_size is not None
+        most = merge_settings(self._options, model.num_layers).remove
+        return fewest_that_fit(model, self._targets, self._options.max_size, most)
 
+    def settle(self) -> None:
+        """Find the depth; the job is opened, with its workspace.
 
-def _losses(result: Mapping[str, Any]) -> NDArray[np.float64]:
-    return np.array(result["nll"], dtype=np.float64)  # None becomes NaN
+        Raises:
+            MkaError: no layer can go, or not enough; or the text is too short or tells nothing.
+        """
+        if self.searches:
+            limits = [target.compression.max_ppl_ratio for target in self._targets]
+            self.depth = self._search(min(limit for limit in limits if limit is not None))
+            while self.depth.remove > 1 and (refused := self._job.workspace.kept(*self._refusal())) is not None:
+                self.depth = one_less(self.depth, read_json(refused.path / RESULT))
+        else:
+            self.depth = self._fewest(Outline.of_checkpoint(self._job.original))
+        self._say()
 
+    @property
+    def stepped_back(self) -> bool:
+        """Whether an artifact broke the limit, so that the windows of the verdict chose the depth."""
+        return self.depth is not None and any(attempt["runtime"] != "torch" for attempt in self.depth.tried)
 
-def _result(scores: Scores) -> dict[str, Any]:
-    found: dict[str, Any] = with_nulls({"nll": scores.nll[ARTIFACT].mean(axis=1).tolist()})
-    return found
+    def merge(self) -> Settings | Plan:
+        """Return what to merge: the plan that was tried, where one was."""
+        assert self.depth is not None
+        if (tried := self.depth.plans.get(self.depth.remove)) is not None:
+            return read_plan(tried)
+        return dataclasses.replace(self._deepest(), remove=self.depth.remove)
+
+    def step_back(self, targets: Sequence[Mapping[str, Any]]) -> bool:
+        """Let one layer less go, if there are several and an artifact breaks the limit; returns whether it does.
+
+        That is remembered, so that an interrupted job goes on there.
+
+        Args:
+            targets: the report's entries.
+        """
+        assert self.depth is not None
+        attempt = broken_limit(self._job.original.num_layers - self.depth.remove, targets) if self.searches else None
+        if attempt is None or self.depth.remove == 1:
+            return False
+        name, inputs = self._refusal()
+        self._job.workspace.stage(name, inputs, lambda folder, pieces: write_json(folder / RESULT, attempt))
+        self.depth = one_less(self.depth, attempt)
+        self._say()
+        return True
+
+    def _deepest(self) -> Settings:
+        return merge_settings(self._options, self._job.original.num_layers)
+
+    def _refusal(self) -> tuple[str, dict[str, Any]]:
+        """Return name and inputs of the stage that says that artifacts of the depth break the limit."""
+        assert self.depth is not None
+        job = self._job
+        inputs = {
+            **job.inputs(job.original),
+            "calibration": job.calibration.sha256,
+            **job.evaluation_inputs(),
+            "devices": dataclasses.asdict(job.device),
+            "merge": dataclasses.asdict(self._deepest()),
+            "targets": [dataclasses.asdict(target) for target in self._targets],
+        }
+        return f"{DEPTH}/{job.original.num_layers - self.depth.remove}-layers-refused", inputs
+
+    def _say(self) -> None:
+        assert self.depth is not None
+        left = self._job.original.num_layers - self.depth.remove
+        self._job.progress.say(f"{left} layers are the limit of {self.depth.limit}: {self.depth.limited_by}")
+
+    def _search(self, limit: float) -> Depth:
+        """Return the depth that a limit of the perplexity ratio allows, measured in torch.
+
+        The windows lie between those of the verdict, which would be none on what it helped to choose.
+        """
+        job = self._job
+        try:
+            windows = job.evaluation_windows(2 * job.texts.windows - 1).ids[1::2]
+        except MkaError as error:
+            raise MkaError(f"--ratio auto measures on windows between those of the verdict too: {error}") from error
+        trials, plans, settings = Trials(job, windows, divergence=False), {}, self._deepest()
+        original = trials.original(f"{DEPTH}/{ORIGINAL}")
+        if not original.mean() < chance(job.original.vocab_size):
+            raise MkaError(
+                "--ratio auto: the original guesses no better than chance on the evaluation text, so its perplexity tells "
+                "nothing",
+                "Give another --text, or a fixed --ratio.",
+            )
+
+        def ratio_without(remove: int) -> Interval | str:
+            trial = trials.carry_out(dataclasses.replace(settings, remove=remove), DEPTH)
+            if trial.error is not None:
+                return trial.error
+            plans[remove] = trial.plan
+            return bootstrap_means((trial.nll - original)[:, None])[0].exp()
+
+        found = deepest(ratio_without, limit, job.original.num_layers, settings.remove)
+        trials.end(DEPTH)
+        trials.end()
+        if found.remove == 0:
+            raise MkaError(
+                f"--ratio auto: no layer can go: {found.limited_by}, and the limit is {limit:g}",
+                "Raise --max-ppl-ratio, or give --calibration a text like the one that counts.",
+            )
+        return dataclasses.replace(found, plans=plans)
 
 
 def _attempt(layers: int, ratio: Interval, runtime: str) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -15,10 +15,9 @@ from mka_export.heal.distill import Healing
 from mka_export.heal.stage import LOSSES, heal_need, heal_stage
 from mka_export.inputs import CALIBRATION_WINDOW, SELF
 from mka_export.merge.choose import Settings
-from mka_export.merge.methods import METHODS
 from mka_export.merge.needs import merge_need
 from mka_export.merge.plan import Plan, read_plan
-from mka_export.merge.stage import ACTIVATIONS, PLAN, layers_to_remove, merge_stage, removable
+from mka_export.merge.stage import ACTIVATIONS, PLAN, merge_stage
 from mka_export.models.activations import Activations, calibrate, calibration_need
 from mka_export.models.checkpoint import Checkpoint, read_json
 from mka_export.models.expected import expected_outline, fetch_need
@@ -29,30 +28,15 @@ from mka_export.needs import Need
 from mka_export.options import AUTO, DeviceOptions, HealOptions, MergeOptions, OutputOptions, TextOptions
 from mka_export.parity.comparison import HEALED, MERGED, measure, measuring_bytes
 from mka_export.parity.verdict import judge
-from mka_export.pipeline.depth import DEPTH, Depth, broken_limit, fewest_that_fit, one_less, search
+from mka_export.pipeline.depth import AutoRatio
 from mka_export.pipeline.forecast import Forecast, left_to_do
-from mka_export.pipeline.job import SAMPLED, Job, stem
+from mka_export.pipeline.job import CALIBRATION, DEPTH, PARITY, REPORT, SAMPLED, Job, stem
+from mka_export.pipeline.requests import merge_settings
 from mka_export.report import write_report
 from mka_export.target import Artifact, Limits, Target, load_converter
-from mka_export.workspace import Stage, Workspace, write_json
+from mka_export.workspace import RECORD, Stage, Workspace, write_json
 
-CALIBRATION, PARITY = "calibration", "parity"  # stage folders, besides MERGED, HEALED and one for each target
-ARTIFACT, RESULT, REPORT = "artifact.json", "parity.json", "report.json"
-
-
-def merge_settings(options: MergeOptions, layers: int) -> Settings:
-    """Return what decides a merge of a model with so many layers, by its ratio; with ``auto``, as deep as can be.
-
-    Raises:
-        UsageError: the ratio does not fit the model.
-    """
-    protect = METHODS[options.method].protect if options.protect is None else options.protect
-    if options.ratio == AUTO:
-        remove = removable(layers, protect)
-    else:
-        assert options.ratio is not None
-        remove = layers_to_remove(float(options.ratio), layers, protect)
-    return Settings(remove, options.method, options.measure, options.schedule, protect, options.alpha)
+ARTIFACT, RESULT = "artifact.json", "parity.json"
 
 
 class Export(Job):
@@ -86,7 +70,7 @@ class Export(Job):
         if heal.heal != "none":
             self.longest = max(self.longest, heal.heal_tokens)
         self.lineage: dict[str, Checkpoint] = {}  # what was made from the original, in order
-        self.depth: Depth | None = None  # where a limit and no ratio decides it
+        self.auto = AutoRatio(self, merge, targets) if merge and merge.ratio == AUTO else None
         made = [DEPTH, MERGED, HEALED] if merge else [CALIBRATION]
         self.spare_the_model(SAMPLED, *made, PARITY, *(target.name for target in targets))
         self._merge_report: dict[str, Any] | None = None
@@ -136,6 +120,7 @@ class Export(Job):
         assert self.out is not None
         stages: dict[str, Need] = {}
         method, layers, tokens = None, model.num_layers, self.texts.calibration_tokens
+        searches = self.auto is not None and self.auto.searches
         calibrated = self.planned is not None or any(target.activations for target in self.targets)
         if calibrated and self.texts.calibration == SELF:
             ids, text = 8 * self.longest, 8 * self.longest  # bytes: int64 each, and more than a token's text takes
@@ -143,13 +128,10 @@ class Export(Job):
         if self.planned is not None:
             settings = self._settings(self.planned, model.architecture.name, layers)
             method, remove = settings.method, settings.remove
-            if self.planned.max_size is not None:
-                remove = fewest_that_fit(model, self.targets, self.planned.max_size, remove).remove
             need = merge_need(model, remove, method, tokens, CALIBRATION_WINDOW)
-            if self._searches:  # what is tried is not kept; at least one layer goes
+            if searches and not (self.out / MERGED / RECORD).is_file():  # what is tried is not kept
                 stages[DEPTH] = Need(scratch=need.kept + need.scratch, memory=need.memory)
-                remove, method = 1, f"{method}, or fewer"
-            layers -= remove
+            layers -= self.auto.least(model) if self.auto else remove
             stages[MERGED] = dataclasses.replace(need, kept=model.with_layers(layers).nbytes)
         elif any(target.activations for target in self.targets):
             stages[CALIBRATION] = calibration_need(model, tokens)
@@ -164,70 +146,10 @@ class Export(Job):
             made = load_converter(target.converter).need(shallow, target)
             stages[target.name] = made
             stages[f"{PARITY}/{target.name}"] = Need(memory=measuring_bytes(model, made.kept, *windows))
-        if self._searches:  # where one layer less goes after all, what was made is replaced
+        if searches:  # where one layer less goes after all, what was made is replaced
             again = sum(stages[name].kept for name in (MERGED, *(target.name for target in self.targets)))
             stages[MERGED] = dataclasses.replace(stages[MERGED], scratch=stages[MERGED].scratch + again)
-        return Forecast(model, layers, method, cache, fetch, self.out, left_to_do(self.out, stages))
-
-    def settle_depth(self) -> None:
-        """Find out how many layers go, where a limit decides it.
-
-        Raises:
-            MkaError: not one can go, or not enough.
-        """
-        if self.planned is None or self.planned.ratio != AUTO:
-            return
-        settings = merge_settings(self.planned, self.original.num_layers)
-        if self.planned.max_size is not None:
-            outline = Outline.of_checkpoint(self.original)
-            self.depth = fewest_that_fit(outline, self.targets, self.planned.max_size, settings.remove)
-        else:
-            limits = [target.compression.max_ppl_ratio for target in self.targets]
-            self.depth = search(self, settings, min(limit for limit in limits if limit is not None))
-            while self.depth.remove > 1 and (refused := self.workspace.kept(*self._refusal())) is not None:
-                self.depth = one_less(self.depth, read_json(refused.path / RESULT))
-        self._say_depth()
-
-    def step_back(self, targets: Sequence[Mapping[str, Any]]) -> bool:
-        """Let one layer less go, if there are several and an artifact breaks the limit; returns whether it does.
-
-        That is remembered, so that an interrupted job goes on there. The new depth was chosen by the windows of the
-        verdict, which the report says.
-        """
-        if self.depth is None or not self._searches:
-            return False
-        attempt = broken_limit(self.original.num_layers - self.depth.remove, targets)
-        if attempt is None or self.depth.remove == 1:
-            return False
-        name, inputs = self._refusal()
-        self.workspace.stage(name, inputs, lambda folder, pieces: write_json(folder / RESULT, attempt))
-        self.depth = one_less(self.depth, attempt)
-        self._say_depth()
-        return True
-
-    def _refusal(self) -> tuple[str, dict[str, Any]]:
-        """Return name and inputs of the stage that says that artifacts of the depth break the limit."""
-        assert self.planned is not None
-        assert self.depth is not None
-        inputs = {
-            **self.inputs(self.original),
-            "calibration": self.calibration.sha256,
-            **self.evaluation_inputs(),
-            "devices": dataclasses.asdict(self.device),
-            "merge": dataclasses.asdict(merge_settings(self.planned, self.original.num_layers)),
-            "targets": [dataclasses.asdict(target) for target in self.targets],
-        }
-        return f"{DEPTH}/{self.original.num_layers - self.depth.remove}-layers-refused", inputs
-
-    def _say_depth(self) -> None:
-        assert self.depth is not None
-        left = self.original.num_layers - self.depth.remove
-        self.progress.say(f"{left} layers are the limit of {self.depth.limit}: {self.depth.limited_by}")
-
-    @property
-    def _searches(self) -> bool:
-        """Whether depths are tried."""
-        return self.planned is not None and self.planned.ratio == AUTO and self.planned.max_size is None
+        return Forecast(model, layers, searches, method, cache, fetch, self.out, left_to_do(self.out, stages))
 
     def merge(self) -> Checkpoint:
         """Publish the merged checkpoint, with its plan, heat map and activations.
@@ -261,10 +183,9 @@ class Export(Job):
             "steps": plan["steps"],
             "calibration": plan["calibration"],
             "seconds": stage.seconds,
-            "depth": None if self.depth is None else self.depth.to_dict(),
+            "depth": self.auto.depth.to_dict() if self.auto and self.auto.depth else None,
         }
-        self.lineage = {}
-        self.lineage[MERGED] = Checkpoint.open(stage.path)
+        self.lineage = {MERGED: Checkpoint.open(stage.path)}
         return self.lineage[MERGED]
 
     def heal(self) -> Checkpoint | None:
@@ -327,11 +248,7 @@ class Export(Job):
 
     def _settings(self, options: MergeOptions, family: str, layers: int) -> Settings | Plan:
         if options.plan is None:
-            settings = merge_settings(options, layers)
-            if self.depth is None:
-                return settings
-            tried = self.depth.plans.get(self.depth.remove)
-            return read_plan(tried) if tried is not None else dataclasses.replace(settings, remove=self.depth.remove)
+            return self.auto.merge() if self.auto and self.auto.depth else merge_settings(options, layers)
         plan = read_plan(options.plan)
         if (plan.model["architecture"], plan.model["layers"]) != (family, layers):
             raise UsageError(
@@ -349,7 +266,7 @@ class Export(Job):
     def finish(self, targets: list[dict[str, Any]]) -> int:
         """Write report and manifest, print the report; returns the exit code."""
         report = self.report(self._merge_report, self._heal_report, targets, self.workspace.stages)
-        if self.depth is not None and any(attempt["runtime"] != "torch" for attempt in self.depth.tried):
+        if self.auto and self.auto.stepped_back:
             report["warnings"].append(
                 "One layer less goes because an artifact broke the limit on the windows of the verdict: on these it is a "
                 "little too good."

@@ -27,6 +27,7 @@ class Forecast:
     Attributes:
         model: the original.
         layers: how many are left.
+        or_fewer: that is the most: a limit decides.
         method: how they are merged; None where they are not.
         cache: where the model is fetched to.
         fetch: what that takes.
@@ -36,6 +37,7 @@ class Forecast:
 
     model: Outline
     layers: int
+    or_fewer: bool
     method: str | None
     cache: Path
     fetch: Need
@@ -92,6 +94,7 @@ class Forecast:
                 "nbytes": self.model.nbytes,
             },
             "layers": self.layers,
+            "or_fewer": self.or_fewer,
             "method": self.method,
             "stages": {name: asdict(need) for name, need in {FETCH: self.fetch, **self.stages}.items()},
             "disks": {

@@ -40,7 +40,9 @@ from mka_export.target import Artifact, Target
 from mka_export.workspace import Stage, Workspace, check_ours
 
 SAMPLE_TOKENS = 16
-SAMPLED, SAMPLED_IDS, SAMPLED_TEXT = "sampled", "ids.npy", "text.txt"  # a stage and its files
+SAMPLED, CALIBRATION, DEPTH, PARITY = "sampled", "calibration", "depth", "parity"  # stages, besides the checkpoints'
+SAMPLED_IDS, SAMPLED_TEXT = "ids.npy", "text.txt"
+REPORT = "report.json"
 PACKAGES = ("mka-export", "torch", "transformers", "tokenizers", "gguf", "llama-cpp-python", "numpy", "scikit-learn")
 
 

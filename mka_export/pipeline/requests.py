@@ -6,17 +6,16 @@ import dataclasses
 from collections.abc import Sequence
 
 from mka_export.errors import UsageError, unknown_name
+from mka_export.merge.choose import Settings
 from mka_export.merge.measures import DEFAULT, MEASURES
 from mka_export.merge.methods import METHODS
 from mka_export.merge.plan import read_plan
-from mka_export.merge.stage import layers_to_remove
+from mka_export.merge.stage import layers_to_remove, removable
 from mka_export.options import AUTO, ITERATIVE, ConvertOptions, HealOptions, LimitOptions, MergeOptions, TextOptions
 from mka_export.parity.comparison import HEALED, MERGED
 from mka_export.parity.runtimes import RUNTIMES
 from mka_export.parity.statistics import MIN_WINDOWS
-from mka_export.pipeline.depth import DEPTH
-from mka_export.pipeline.export import CALIBRATION, PARITY, REPORT
-from mka_export.pipeline.job import SAMPLED
+from mka_export.pipeline.job import CALIBRATION, DEPTH, PARITY, REPORT, SAMPLED
 from mka_export.target import Limits, Target, load_converter, load_target
 from mka_export.workspace import MANIFEST
 
@@ -46,6 +45,21 @@ def check_merge(options: MergeOptions) -> None:
         )
     if options.alpha is not None and options.method != "mka-paper":
         raise UsageError(f"--alpha is for --method mka-paper; {options.method} does not average", "Leave it out.")
+
+
+def merge_settings(options: MergeOptions, layers: int) -> Settings:
+    """Return what decides a merge of a model with so many layers, by its ratio; with ``auto``, as deep as can be.
+
+    Raises:
+        UsageError: the ratio does not fit the model.
+    """
+    protect = METHODS[options.method].protect if options.protect is None else options.protect
+    if options.ratio == AUTO:
+        remove = removable(layers, protect)
+    else:
+        assert options.ratio is not None
+        remove = layers_to_remove(float(options.ratio), layers, protect)
+    return Settings(remove, options.method, options.measure, options.schedule, protect, options.alpha)
 
 
 def check_limit(merge: MergeOptions, heal: HealOptions, targets: Sequence[Target], texts: TextOptions) -> None:

@@ -34,7 +34,8 @@ def _about_the_job(forecast: Mapping[str, Any]) -> Iterator[str]:
     model, source = forecast["model"], forecast["source"]
     yield model_line({**model, "name": source["name"], "source": source})
     if forecast["layers"] < model["layers"]:
-        yield f"Merge     {model['layers']} → {forecast['layers']} layers by {forecast['method']}"
+        left = f"{forecast['layers']} layers{' or fewer' if forecast['or_fewer'] else ''}"
+        yield f"Merge     {model['layers']} → {left} by {forecast['method']}"
 
 
 def _print_balance(what: str, balance: Mapping[str, int], console: Console) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import math
 import multiprocessing
 import os
 import random
@@ -14,7 +15,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from fnmatch import fnmatch
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -27,10 +28,11 @@ from mka_gguf import conversion
 from mka_export.cli import main
 from mka_export.hashes import file_sha256
 from mka_export.merge.methods import METHODS
-from mka_export.pipeline import job
+from mka_export.pipeline import depth, job
 
 PAIRS = 2
-RUN = ["--ratio", "0.4", "--protect", "1", "--to", "gguf-q8", *SMALL, *LOOSE, "--quiet"]
+REST = ["--protect", "1", "--to", "gguf-q8", *SMALL, *LOOSE, "--quiet"]
+RUN = ["--ratio", "0.4", *REST]
 FORK = multiprocessing.get_context("fork")
 # Audit events of the file system. Between two of them nothing changes in a folder but the length of an open file.
 EVENTS = ("open", "os.rename", "os.mkdir", "os.rmdir", "os.remove", "os.chmod", "shutil.rmtree")
@@ -115,8 +117,8 @@ REPLACING: dict[str, Arm] = {
 }
 
 
-def run_in_fork(model: Path, out: Path, arm: Arm) -> int | None:
-    """Run the main job in a process of its own, and check what it leaves; returns its exit code.
+def run_in_fork(model: Path, out: Path, arm: Arm, job: Sequence[str] = RUN) -> int | None:
+    """Run a main job in a process of its own, and check what it leaves; returns its exit code.
 
     It is forked, so that it need not import everything again.
     """
@@ -126,7 +128,7 @@ def run_in_fork(model: Path, out: Path, arm: Arm) -> int | None:
     def run() -> None:
         tempfile.tempdir = str(scratch)
         arm(out)
-        main([str(model), *RUN, "--out", str(out)])
+        main([str(model), *job, "--out", str(out)])
 
     process = FORK.Process(target=run)
     process.start()
@@ -152,8 +154,8 @@ def whole(out: Path) -> None:
     """Check that what stands under a final name is whole."""
     for path in out.glob("[!.]*.json"):
         json.loads(path.read_text())
-    for folder in [*out.glob("[!.]*/"), *out.glob("parity/[!.]*/")]:
-        if folder.is_dir() and folder.name != "parity":
+    for folder in [*out.glob("[!.]*/"), *out.glob("parity/[!.]*/"), *out.glob("depth/[!.]*/")]:
+        if folder.is_dir() and folder.name not in ("parity", "depth"):
             files = json.loads((folder / "stage.json").read_text())["files"]
             assert {name: file_sha256(folder / name) for name in files} == files
 
@@ -172,16 +174,20 @@ def finished(out: Path) -> dict[str, tuple[int, int]]:
     return {name: (stat.st_ino, stat.st_mtime_ns) for name, stat in told.items() if ".making/" not in name}
 
 
-@pytest.fixture(scope="session")
-def undisturbed(pico_llama, tmp_path_factory) -> tuple[dict[str, bytes], int]:
-    """What a job that is left alone makes, and how many events it takes."""
-    out, events = tmp_path_factory.mktemp("undisturbed") / "out", FORK.Value("i")
+def left_alone(model: Path, out: Path, job: Sequence[str] = RUN) -> tuple[dict[str, bytes], int]:
+    """Return what a job that is left alone makes, and how many events it takes."""
+    events = FORK.Value("i")
 
     def count() -> None:
         events.value += 1
 
-    assert run_in_fork(pico_llama, out, lambda out: watch(out, "*", "*", count)) in DONE
+    assert run_in_fork(model, out, lambda out: watch(out, "*", "*", count), job) in DONE
     return lasting(out), events.value
+
+
+@pytest.fixture(scope="session")
+def undisturbed(pico_llama, tmp_path_factory) -> tuple[dict[str, bytes], int]:
+    return left_alone(pico_llama, tmp_path_factory.mktemp("undisturbed") / "out")
 
 
 @pytest.fixture
@@ -263,3 +269,17 @@ def test_survived_kills(seed, pico_llama, undisturbed, goes_on, tmp_path):
         code = run_in_fork(pico_llama, out, before("*", "*", draw.randint(1, undisturbed[1])))
         assert code == -signal.SIGKILL or (kill and code in DONE)  # it may end before a late instant
     goes_on(out)
+
+
+@pytest.mark.real
+def test_survived_kills_while_searching(pico_llama, tmp_path, monkeypatch):
+    """kill -9 five times in one job with --ratio auto, at random instants"""
+    monkeypatch.setattr(depth, "chance", lambda vocabulary: math.inf)  # a pico model is no better than it
+    search, draw = ["--ratio", "auto", *REST, "--windows", "6"], random.Random(0)
+    made, events = left_alone(pico_llama, tmp_path / "undisturbed", search)
+    for _ in range(5):
+        arm = before("*", "*", draw.randint(1, events))
+        assert run_in_fork(pico_llama, tmp_path / "out", arm, search) in (-signal.SIGKILL, *DONE)
+    assert run_in_fork(pico_llama, tmp_path / "out", lambda out: None, search) in DONE
+    assert lasting(tmp_path / "out") == made
+    assert not [p.name for p in (tmp_path / "out").rglob(".*") if p.name != ".lock"]
