@@ -7,25 +7,29 @@ from torch import Tensor
 
 from mka_export.merge.fit_tokens import FIT_TOKENS, ROWS, FitTokens, attention_weights, normed
 from mka_export.merge.fuse import FLOAT, Fused
-from mka_export.merge.ridge import ridge, ridge_values
+from mka_export.merge.ridge import Fit, ridge, ridge_values
+from mka_export.merge.rows import adapt_rows, rows_bytes
 from mka_export.merge.states import StatesFile
 from mka_export.merge.trajectory import Trajectory
 from mka_export.models.outline import Outline
 
+ROUNDS = 2  # that the rows of a merge are adapted in; on trial they are not
 SELECTION_TOKENS = 8192  # that decide which neurons stay; 2 048 make SmolLM2 at 24 layers 2 % worse
 
 
 def competition_bytes(model: Outline, tokens: int) -> int:
-    """The larger of the two regressions of ``compete``, in float32."""
+    """The largest of what ``compete`` holds: the choice of neurons, the fit of their rows or of ``down_proj``, in float32."""
     hidden, width = model.layer[model.architecture.layer["down"]]
     both = 2 * width
     choice = ridge_values(min(tokens, SELECTION_TOKENS), both, hidden) + both * hidden + 3 * FIT_TOKENS * both
-    fit = ridge_values(tokens, width, hidden) + 3 * width * hidden + 3 * FIT_TOKENS * width
-    return FLOAT * max(choice, fit)
+    fit = ridge_values(tokens, width, hidden) + 6 * width * hidden + 3 * FIT_TOKENS * width
+    return max(FLOAT * max(choice, fit), rows_bytes(hidden, width))
 
 
-def compete(trajectory: Trajectory, position: int, last: int, alpha: float) -> tuple[Fused, dict[str, float]]:
-    """Let both layers' MLP neurons compete for the merged layer's places, and refit ``down_proj``.
+def compete(
+    trajectory: Trajectory, position: int, last: int, alpha: float, rounds: int = 0
+) -> tuple[Fused, dict[str, float]]:
+    """Let both layers' MLP neurons compete for the merged layer's places, and refit them.
 
     The lower layer keeps its attention. Gate and up rows of both layers are put under each other, each
     multiplied by its own norm's weight so that all read the same normalised stream. A ridge regression of
@@ -35,26 +39,24 @@ def compete(trajectory: Trajectory, position: int, last: int, alpha: float) -> t
     the layers' own weights.
 
     ``alpha`` plays no part: the data say how many neurons each layer keeps. See docs/method.md.
+
+    Args:
+        rounds: so many times the rows are adapted to the outputs (``rows.adapt_rows``), and these are fitted again.
     """
     roles = trajectory.runner.checkpoint.architecture.layer
     tokens = FitTokens(trajectory, position, last, relative=True)
+    gate, up, down, from_upper = _strongest(trajectory, (position, last), tokens)
 
-    places, name = (position, last), roles["down"]
-    down = torch.cat([trajectory.weights(place, name)[name] for place in places], dim=1)
-    width = down.shape[1] // 2
-    some = tokens.spread(SELECTION_TOKENS)
-    files = [_activations(trajectory, place, tokens, some) for place in places]
-    everyone = ridge(lambda: tokens.read_neurons(files, some), len(some), down)
-    strength = everyone.weights.norm(dim=0) * everyone.root_mean_square
-    kept = strength.topk(width).indices.sort().values
-    del everyone
-    down = down[:, kept]
-    parts = kept[kept < width], kept[kept >= width] - width
-    gate, up = (
-        torch.cat([normed(trajectory, place, roles[role])[part] for place, part in zip(places, parts, strict=True)])
-        for role in ROWS
-    )
-    fit = ridge(lambda: tokens.neurons(gate, up), tokens.count, down)
+    def outputs(gate: Tensor, up: Tensor) -> Fit:
+        return ridge(lambda: tokens.neurons(gate, up), tokens.count, down)
+
+    fit = outputs(gate, up)
+    for _ in range(rounds):
+        rows = adapt_rows(tokens, gate, up, fit.weights)
+        again = outputs(*rows)
+        if not again.unexplained < fit.unexplained:  # what is linear nearby need not be so far
+            break
+        (gate, up), fit = rows, again
     tokens.delete()
     # Scale moves freely between the norm and the columns: even columns quantize best.
     scale = ((gate.square().mean(dim=0) + up.square().mean(dim=0)) / 2).sqrt().clamp_min(1e-6)
@@ -65,10 +67,29 @@ def compete(trajectory: Trajectory, position: int, last: int, alpha: float) -> t
         roles["up"]: up.div_(scale),
         roles["down"]: fit.weights,
     }
-    return fused, {
-        "neurons_from_upper": float((kept >= width).float().mean()),
-        "unexplained": fit.unexplained,
-    }
+    return fused, {"neurons_from_upper": from_upper, "unexplained": fit.unexplained}
+
+
+def _strongest(
+    trajectory: Trajectory, places: tuple[int, int], tokens: FitTokens
+) -> tuple[Tensor, Tensor, Tensor, float]:
+    """Return gate, up and ``down_proj`` of the neurons of two layers that contribute most, and the upper one's share."""
+    roles = trajectory.runner.checkpoint.architecture.layer
+    name = roles["down"]
+    down = torch.cat([trajectory.weights(place, name)[name] for place in places], dim=1)
+    width = down.shape[1] // 2
+    some = tokens.spread(SELECTION_TOKENS)
+    files = [_activations(trajectory, place, tokens, some) for place in places]
+    everyone = ridge(lambda: tokens.read_neurons(files, some), len(some), down)
+    tokens.free(*files)
+    strength = everyone.weights.norm(dim=0) * everyone.root_mean_square
+    kept = strength.topk(width).indices.sort().values
+    parts = kept[kept < width], kept[kept >= width] - width
+    gate, up = (
+        torch.cat([normed(trajectory, place, roles[role])[part] for place, part in zip(places, parts, strict=True)])
+        for role in ROWS
+    )
+    return gate, up, down[:, kept], len(parts[1]) / width
 
 
 def _activations(trajectory: Trajectory, position: int, tokens: FitTokens, chosen: Tensor) -> StatesFile:

@@ -46,6 +46,11 @@ class FitTokens:
         last: that of the highest: what the original has after it is what the stream should be.
         relative: every token counts relative to its own stream, since later layers normalise what they read. (Some
             tokens, the first above all, have one hundreds of times larger, and would decide the fit.)
+
+    Attributes:
+        device: where it is computed.
+        count: how many tokens there are.
+        activation: of the MLP's gate.
     """
 
     def __init__(self, trajectory: Trajectory, position: int, last: int, *, relative: bool) -> None:
@@ -54,7 +59,7 @@ class FitTokens:
         runner, checkpoint = trajectory.runner, trajectory.runner.checkpoint
         self.device, self.count, self._folder = runner.device, trajectory.ids.numel(), trajectory.folder
         self._extra: list[StatesFile] = []
-        self._activation = ACT2FN[checkpoint.config["hidden_act"]]
+        self.activation = ACT2FN[checkpoint.config["hidden_act"]]
         self._inputs, self._targets, self._weights = (
             StatesFile(trajectory.folder / f"fit-{name}.f32", columns)
             for name, columns in (
@@ -84,28 +89,44 @@ class FitTokens:
 
     def neurons(self, gate: Tensor, up: Tensor, chosen: Tensor | None = None) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield the activations of neurons with rows ``gate`` and ``up``, and their targets, for some tokens or all."""
-        for inputs, targets, weight in self._blocks(chosen, self._inputs, self._targets, self._weights):
-            yield self._activation(inputs @ gate.T).mul_(inputs @ up.T).mul_(weight), targets
+        for inputs, targets, weight in self.blocks(chosen):
+            yield self.activation(inputs @ gate.T).mul_(inputs @ up.T).mul_(weight), targets
+
+    def scratch(self, columns: int) -> StatesFile:
+        """Return a new file for a value of each of so many neurons for each token."""
+        self._extra.append(StatesFile(self._folder / f"fit-neurons-{len(self._extra)}.f32", columns))
+        return self._extra[-1]
+
+    def free(self, *files: StatesFile) -> None:
+        """Free the disk that files of ``scratch`` take."""
+        for file in files:
+            self._extra.remove(file)
+            file.path.unlink()
 
     def neurons_on_disk(self, gate: Tensor, up: Tensor, chosen: Tensor) -> StatesFile:
         """Write the activations of neurons for some tokens; returns the file: (len(chosen), neurons)."""
-        self._extra.append(StatesFile(self._folder / f"fit-neurons-{len(self._extra)}.f32", len(gate)))
-        first = 0
+        file, first = self.scratch(len(gate)), 0
         for activations, _ in self.neurons(gate, up, chosen):
-            self._extra[-1].write(first, activations)
+            file.write(first, activations)
             first += len(activations)
-        return self._extra[-1]
+        return file
 
     def read_neurons(self, files: list[StatesFile], chosen: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield the activations in all of ``files``, side by side, and the targets of the tokens they are for."""
         first = 0
-        for (targets,) in self._blocks(chosen, self._targets):
+        for (targets,) in self._read(chosen, self._targets):
             rows = slice(first, first + len(targets))
             yield torch.cat([file.read(rows).to(self.device) for file in files], dim=1), targets
             first = rows.stop
 
-    def _blocks(self, chosen: Tensor | None, *files: StatesFile) -> Iterator[list[Tensor]]:
-        """Yield what is in ``files`` for ``FIT_TOKENS`` tokens at a time, of which the ``chosen`` ones."""
+    def blocks(self, chosen: Tensor | None = None) -> Iterator[list[Tensor]]:
+        """Yield what the MLP reads (n, hidden), what it should add (n, hidden) and how much that counts (n, 1).
+
+        The targets are multiplied by the weight already. At most ``FIT_TOKENS`` tokens at a time, of the ``chosen`` or all.
+        """
+        return self._read(chosen, self._inputs, self._targets, self._weights)
+
+    def _read(self, chosen: Tensor | None, *files: StatesFile) -> Iterator[list[Tensor]]:
         for start in range(0, self.count, FIT_TOKENS):
             rows = slice(start, min(start + FIT_TOKENS, self.count))
             found = [file.read(rows).to(self.device) for file in files]
@@ -115,6 +136,6 @@ class FitTokens:
             yield found
 
     def delete(self) -> None:
-        """Free the disk."""
+        """Free the disk of everything."""
         for file in (self._inputs, self._targets, self._weights, *self._extra):
             file.path.unlink()

@@ -8,7 +8,7 @@ from functools import partial
 
 from mka_export.merge import choose, fuse
 from mka_export.merge.choose import Choice, Settings
-from mka_export.merge.compete import compete, competition_bytes
+from mka_export.merge.compete import ROUNDS, compete, competition_bytes
 from mka_export.merge.damage import least_damage
 from mka_export.merge.fuse import Fuse
 from mka_export.merge.views import Views
@@ -39,7 +39,9 @@ class Method:
 
 
 METHODS = {
-    "mka": Method(partial(least_damage, compete), compete, competition_bytes, protect=4, measured=True),
+    "mka": Method(
+        partial(least_damage, compete), partial(compete, rounds=ROUNDS), competition_bytes, protect=4, measured=True
+    ),
     "mka-paper": Method(choose.similar_pairs, fuse.average, fuse.layers_bytes, protect=4, measured=True),
     "tail": Method(choose.tail, fuse.keep, fuse.layers_bytes),
     "shortgpt": Method(choose.least_influence, fuse.keep, fuse.layers_bytes),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 
-from mka_export.merge.compete import SELECTION_TOKENS
 from mka_export.merge.fuse import FLOAT
 from mka_export.merge.methods import METHODS
 from mka_export.merge.views import PROBE_WINDOWS, TRIAL_WINDOWS
@@ -30,7 +29,7 @@ def merge_need(model: Outline, remove: int, method: str, tokens: int, window: in
     few = min(windows, 2 * (PROBE_WINDOWS + TRIAL_WINDOWS)) * window if windows > PROBE_WINDOWS else 0
     boundaries = 2 * (model.num_layers + 1)  # of the original, and of the model under merge
     states = boundaries * (tokens + few) * hidden * FLOAT
-    fit = (tokens * (2 * hidden + 1) + min(tokens, SELECTION_TOKENS) * 2 * width) * FLOAT
+    fit = tokens * (2 * hidden + 1 + 2 * width) * FLOAT
     largest = model.itemsize * max(map(math.prod, model.shapes.values()))
     return Need(
         kept=model.with_layers(model.num_layers - remove).nbytes,

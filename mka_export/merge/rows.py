@@ -1,0 +1,80 @@
+"""The rows of an MLP's gate and up matrices, fitted to what it should add: a Gauss–Newton step."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from mka_export.merge.fit_tokens import FIT_TOKENS, FitTokens
+from mka_export.merge.fuse import FLOAT
+from mka_export.merge.ridge import FLOOR
+
+STEPS = 4  # of conjugate gradients
+HOLD = 0.3  # how strongly the rows are held where they are; a tenth or ten times as much changes little
+
+
+def rows_bytes(hidden: int, width: int) -> int:
+    """Return the memory of ``adapt_rows``: five times all rows, ``down_proj``, and the neurons of some tokens."""
+    return FLOAT * (11 * hidden * width + 8 * FIT_TOKENS * width)
+
+
+def adapt_rows(tokens: FitTokens, gate: Tensor, up: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:
+    """Return gate and up rows with which the MLP comes closer to what it should add, ``down_proj`` as it is.
+
+    Where each row changes a little, what the MLP adds changes by ``down ((act'(G x) ⊙ U x) ⊙ δG x + act(G x) ⊙ δU x)``.
+    That is linear in δG and δU, and they are what a regression on what is still to be added finds in ``STEPS`` steps
+    of conjugate gradients (Golub & Van Loan, Matrix Computations, §11.3), from the rows at hand and held there by
+    ``HOLD`` × the diagonal of the normal equations, which are scaled by it too. The diagonal is taken to be the product of
+    what a neuron does and what an input is, each in the mean.
+
+    Args:
+        tokens: what the MLP reads, and what it should add.
+        gate, up: (neurons, hidden).
+        down: (hidden, neurons).
+    """
+    rows = torch.cat([gate, up])
+    slopes = tokens.scratch(len(rows))
+    left, neurons, inputs, first = torch.zeros_like(rows), rows.new_zeros(len(rows)), rows.new_zeros(rows.shape[1]), 0
+    for read, targets, weight in tokens.blocks():
+        activation, slope = torch.func.jvp(tokens.activation, (at := read @ gate.T,), (torch.ones_like(at),))[:2]
+        linear = read @ up.T
+        both = torch.cat([slope * linear, activation], dim=1) * weight
+        slopes.write(first, both)
+        left += _by_rows(both, (targets - (activation * linear * weight) @ down.T) @ down, read)
+        neurons += both.square().sum(dim=0)
+        inputs += read.square().mean(dim=0)
+        first += len(read)
+    neurons = neurons * down.square().sum(dim=0).repeat(2)
+    neurons, inputs = ((each + FLOOR * each.mean()) for each in (neurons, inputs / inputs.mean()))
+
+    def scaled(values: Tensor) -> Tensor:
+        return values.div(neurons[:, None]).div_(inputs)
+
+    direction = scaled(left)
+    size = _dot(left, direction)
+    for _ in range(STEPS):
+        if not size > 0:  # nothing is left
+            break
+        image, first = direction.mul(HOLD * neurons[:, None]).mul_(inputs), 0
+        for read, _, _ in tokens.blocks():
+            both = slopes.read(slice(first, first + len(read))).to(read.device)
+            change = (both * (read @ direction.T)).view(len(read), 2, -1).sum(dim=1)
+            image += _by_rows(both, (change @ down.T) @ down, read)
+            first += len(read)
+        length = size / _dot(direction, image)
+        rows.add_(direction, alpha=length)
+        left.sub_(image, alpha=length)
+        preconditioned = scaled(left)
+        before, size = size, _dot(left, preconditioned)
+        direction.mul_(size / before).add_(preconditioned)
+    tokens.free(slopes)
+    return rows[: len(gate)], rows[len(gate) :]
+
+
+def _by_rows(slopes: Tensor, neurons: Tensor, inputs: Tensor) -> Tensor:
+    """Return the sum over tokens of what a change of each row does to ``neurons``: (2 · neurons, hidden)."""
+    return (slopes * neurons.repeat(1, 2)).T @ inputs
+
+
+def _dot(one: Tensor, other: Tensor) -> float:
+    return float((one * other).sum(dtype=torch.float64))

@@ -1,0 +1,87 @@
+"""Rows adapted to what an MLP should add, against the textbook's regression in float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from merge_tools import WINDOWS
+
+from mka_export.merge import rows as module
+from mka_export.merge.compete import ROUNDS, compete
+from mka_export.merge.fit_tokens import FitTokens, normed
+from mka_export.merge.rows import HOLD, adapt_rows
+from mka_export.merge.trajectory import Trajectory
+from mka_export.models.checkpoint import Checkpoint
+from mka_export.models.runner import LayerRunner
+
+NEURONS = 6  # of the pico model's: the textbook's regression has a column for each number
+
+
+@pytest.fixture
+def trajectory(pico_llama, tmp_path) -> Trajectory:
+    return Trajectory(LayerRunner(Checkpoint.open(pico_llama)), torch.from_numpy(WINDOWS), tmp_path / "states")
+
+
+@pytest.fixture
+def mlp(trajectory) -> tuple[FitTokens, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """A small part of an MLP that is to add what it and the next layer add."""
+    gate, up = (normed(trajectory, 2, f"mlp.{name}_proj.weight")[:NEURONS] for name in ("gate", "up"))
+    down = trajectory.weights(2, "mlp.down_proj.weight")["mlp.down_proj.weight"][:, :NEURONS]
+    return FitTokens(trajectory, 2, 3, relative=True), gate, up, down
+
+
+def added(tokens: FitTokens, *weights: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """What the MLP adds for all tokens, and what it should add: float64."""
+    gate, up, down = (each.double() for each in weights)
+    read, targets, weight = (torch.cat(each).double() for each in zip(*tokens.blocks(), strict=True))
+    return weight * ((torch.nn.functional.silu(read @ gate.T) * (read @ up.T)) @ down.T), targets
+
+
+def test_many_steps_find_what_the_regression_finds(mlp, monkeypatch):
+    tokens, gate, up, down = mlp
+    before, targets = added(tokens, gate, up, down)
+    jacobian = torch.cat(
+        [
+            each.flatten(start_dim=2).flatten(end_dim=1)
+            for each in torch.func.jacrev(lambda *rows: added(tokens, *rows, down)[0], argnums=(0, 1))(gate, up)
+        ],
+        dim=1,
+    ).double()
+    # The diagonal of the normal equations, as the docstring takes it.
+    read, _, weight = (torch.cat(each).double() for each in zip(*tokens.blocks(), strict=True))
+    at, linear = read @ gate.double().T, read @ up.double().T
+    share = torch.sigmoid(at)
+    slopes = torch.cat([share * (1 + at * (1 - share)) * linear, at * share], dim=1) * weight
+    neurons = slopes.square().sum(dim=0) * down.double().square().sum(dim=0).repeat(2)
+    inputs = read.square().mean(dim=0)
+    held = HOLD * torch.outer(neurons, inputs / inputs.mean()).flatten()
+    expected = torch.linalg.solve(
+        jacobian.T @ jacobian + torch.diag(held), jacobian.T @ (targets - before).flatten()
+    ).view(2, NEURONS, -1)
+    monkeypatch.setattr(module, "STEPS", 300)
+    given = gate.clone(), up.clone()
+    found = torch.stack(adapt_rows(tokens, gate, up, down)).double() - torch.stack([gate, up]).double()
+    assert float((found - expected).norm() / expected.norm()) < 1e-3
+    assert torch.equal(gate, given[0])
+    assert torch.equal(up, given[1])
+
+
+def test_rows_that_cannot_be_better_stay(mlp):
+    tokens, gate, up, down = mlp
+    zero = torch.zeros_like(down)
+    assert all(
+        torch.equal(one, other) for one, other in zip(adapt_rows(tokens, gate, up, zero), (gate, up), strict=True)
+    )
+
+
+def test_a_merge_explains_more_with_adapted_rows(trajectory):
+    kept, adapted = (compete(trajectory, 2, 3, 1.0, rounds=rounds)[1] for rounds in (0, ROUNDS))
+    assert adapted["unexplained"] < 0.95 * kept["unexplained"]
+    assert adapted["neurons_from_upper"] == kept["neurons_from_upper"]
+    assert not list(trajectory.folder.glob("fit-*")), "nothing of a fit stays on disk"
+
+
+def test_rows_that_explain_less_are_not_taken(trajectory, monkeypatch):
+    monkeypatch.setattr("mka_export.merge.compete.adapt_rows", lambda tokens, gate, up, down: (gate.roll(1, 0), up))
+    kept, adapted = (compete(trajectory, 2, 3, 1.0, rounds=rounds)[0] for rounds in (0, ROUNDS))
+    assert all(torch.equal(kept[name], adapted[name]) for name in kept)
