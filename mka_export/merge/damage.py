@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
+from functools import cached_property
 from itertools import chain
 from pathlib import Path
 
@@ -47,29 +48,35 @@ def least_damage(fuse: Fuse, settings: Settings, views: Views) -> Iterator[Choic
         yield from similar_pairs(settings, views)
         return
     enough_pairs(settings, views.probe)
-    probe, notes = views.probe, _Notes(views.notes)
+    chosen = _chosen(fuse, settings, views)
+    yield from _bottom_up(chosen, len(views.probe.layers))
+
+
+def _chosen(fuse: Fuse, settings: Settings, views: Views) -> list[Step]:
+    """Return the merges in the order in which they are chosen."""
+    probe, notes, openings = views.probe, _Notes(views.notes), _Openings(views.probe)
     if len(notes.chosen) < settings.remove:
         for number in range(settings.remove):
             if number == len(notes.chosen):
-                notes.choose(_least_damaged(fuse, settings, views, notes))
+                notes.choose(_least_damaged(fuse, settings, views, openings, notes))
             step = notes.chosen[number]
             position, last = step.places([layer.span for layer in probe.layers])
             file = views.trial.folder / f"chosen-{number}.safetensors"
             save_tensors(fuse(views.trial, position, last, step.alpha)[0], file)
             views.replace_on_trial(position, last, file)
         views.reset()
-    yield from _bottom_up(notes.chosen[: settings.remove], len(probe.layers))
+    return notes.chosen[: settings.remove]
 
 
-def _least_damaged(fuse: Fuse, settings: Settings, views: Views, notes: _Notes) -> Step:
+def _least_damaged(fuse: Fuse, settings: Settings, views: Views, openings: _Openings, notes: _Notes) -> Step:
     """Return the pair, of the most similar ones, whose merge does least damage."""
     probe, similarities = views.probe, views.similarities.neighbours()
     order = sorted(allowed_pairs(settings, probe), key=similarities.__getitem__, reverse=True)
     steps = {place: _step(settings, views, place, similarities[place]) for place in order[:SCREENED]}
     new = [place for place, step in steps.items() if not notes.knows(step)]
-    now = _divergence(probe, probe.outcome(len(probe.layers), (), OPENING)) if new else 0.0
+    now = openings.divergence(probe.outcome(len(probe.layers), (), OPENING)) if new else 0.0
     for place in new:
-        notes.measure(steps[place], _divergence(probe, _on_trial(fuse, views, place, steps[place].alpha)) - now)
+        notes.measure(steps[place], openings.divergence(_on_trial(fuse, views, place, steps[place].alpha)) - now)
     return min(steps.values(), key=notes.damage)
 
 
@@ -140,15 +147,29 @@ def _on_trial(fuse: Fuse, views: Views, place: int, alpha: float) -> Tensor:
     return views.probe.outcome(place, chain([(kind, lambda: fused)], views.probe.above(place + 1)), OPENING)
 
 
-def _divergence(probe: Trajectory, states: Tensor) -> float:
-    """Return the mean KL(original ‖ model) of the next token, in nats, that the openings' final states give.
+class _Openings:
+    """What the original predicts after each token that the probe's windows begin with."""
 
-    Args:
-        states: (N, tokens, hidden).
-    """
-    total, top = 0.0, probe.runner.checkpoint.num_layers
-    for window, mine in enumerate(states):
-        original = probe.original(top, slice(window, window + 1))[0, : len(mine)]
-        p, q = (probe.runner.logits(each).log_softmax(dim=-1) for each in (original, mine))
-        total += float(functional.kl_div(q, p, reduction="batchmean", log_target=True))
-    return total / len(states) if math.isfinite(total) else WORST
+    def __init__(self, probe: Trajectory) -> None:
+        self._probe = probe
+
+    @cached_property
+    def _original(self) -> list[Tensor]:
+        """Log-probabilities of each window: (tokens, vocabulary)."""
+        probe, top = self._probe, self._probe.runner.checkpoint.num_layers
+        states = (probe.original(top, batch)[:, :OPENING] for batch in probe.batches())
+        return [self._predict(window) for batch in states for window in batch]
+
+    def _predict(self, states: Tensor) -> Tensor:
+        return self._probe.runner.logits(states).log_softmax(dim=-1)
+
+    def divergence(self, states: Tensor) -> float:
+        """Return the mean KL(original ‖ model) of the next token, in nats, that the openings' final states give.
+
+        Args:
+            states: (N, tokens, hidden).
+        """
+        total = 0.0
+        for original, mine in zip(self._original, states, strict=True):
+            total += float(functional.kl_div(self._predict(mine), original, reduction="batchmean", log_target=True))
+        return total / len(states) if math.isfinite(total) else WORST

@@ -103,13 +103,13 @@ def test_merges_of_one_layer_keep_their_order():
 
 def test_what_was_measured_is_not_measured_again(pico_llama, plan, tmp_path, monkeypatch):
     """Of a choice that was killed, and for another number of layers: the plan is that of an undisturbed run."""
-    measured, divergence = [], damage._divergence
+    measured, divergence = [], damage._Openings.divergence
 
-    def counted(probe, states):
+    def counted(openings, states):
         measured.append(0)
-        return divergence(probe, states)
+        return divergence(openings, states)
 
-    monkeypatch.setattr(damage, "_divergence", counted)
+    monkeypatch.setattr(damage._Openings, "divergence", counted)
     folders = [tmp_path / name for name in ("two", "three", "pieces", "states")]
     for folder in folders:
         folder.mkdir()
