@@ -14,8 +14,8 @@ HOLD = 0.3  # how strongly the rows are held where they are; a tenth or ten time
 
 
 def rows_bytes(hidden: int, width: int) -> int:
-    """Return the memory of ``adapt_rows``: five times all rows, ``down_proj``, and the neurons of some tokens."""
-    return FLOAT * (11 * hidden * width + 8 * FIT_TOKENS * width)
+    """Return the memory of ``adapt_rows`` and of what it is given: seven times all rows, the neurons of some tokens."""
+    return FLOAT * (14 * hidden * width + 8 * FIT_TOKENS * width)
 
 
 def adapt_rows(tokens: FitTokens, gate: Tensor, up: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:
@@ -44,18 +44,14 @@ def adapt_rows(tokens: FitTokens, gate: Tensor, up: Tensor, down: Tensor) -> tup
         neurons += both.square().sum(dim=0)
         inputs += read.square().mean(dim=0)
         first += len(read)
-    neurons = neurons * down.square().sum(dim=0).repeat(2)
+    neurons = (neurons * down.square().sum(dim=0).repeat(2))[:, None]
     neurons, inputs = ((each + FLOOR * each.mean()) for each in (neurons, inputs / inputs.mean()))
-
-    def scaled(values: Tensor) -> Tensor:
-        return values.div(neurons[:, None]).div_(inputs)
-
-    direction = scaled(left)
+    direction = left.div(neurons).div_(inputs)
     size = _dot(left, direction)
     for _ in range(STEPS):
         if not size > 0:  # nothing is left
             break
-        image, first = direction.mul(HOLD * neurons[:, None]).mul_(inputs), 0
+        image, first = direction.mul(HOLD * neurons).mul_(inputs), 0
         for read, _, _ in tokens.blocks():
             both = slopes.read(slice(first, first + len(read))).to(read.device)
             change = (both * (read @ direction.T)).view(len(read), 2, -1).sum(dim=1)
@@ -64,9 +60,9 @@ def adapt_rows(tokens: FitTokens, gate: Tensor, up: Tensor, down: Tensor) -> tup
         length = size / _dot(direction, image)
         rows.add_(direction, alpha=length)
         left.sub_(image, alpha=length)
-        preconditioned = scaled(left)
-        before, size = size, _dot(left, preconditioned)
-        direction.mul_(size / before).add_(preconditioned)
+        scaled = torch.div(left, neurons, out=image).div_(inputs)
+        before, size = size, _dot(left, scaled)
+        direction.mul_(size / before).add_(scaled)
     tokens.free(slopes)
     return rows[: len(gate)], rows[len(gate) :]
 
@@ -77,4 +73,5 @@ def _by_rows(slopes: Tensor, neurons: Tensor, inputs: Tensor) -> Tensor:
 
 
 def _dot(one: Tensor, other: Tensor) -> float:
-    return float((one * other).sum(dtype=torch.float64))
+    parts = zip(torch.split(one, FIT_TOKENS), torch.split(other, FIT_TOKENS), strict=True)  # little memory
+    return float(sum((a * b).sum(dtype=torch.float64) for a, b in parts))
