@@ -22,7 +22,7 @@ def competition_bytes(model: Outline, tokens: int) -> int:
     hidden, width = model.layer[model.architecture.layer["down"]]
     both = 2 * width
     choice = ridge_values(min(tokens, SELECTION_TOKENS), both, hidden) + both * hidden + 3 * FIT_TOKENS * both
-    fit = ridge_values(tokens, width, hidden) + 6 * width * hidden + 3 * FIT_TOKENS * width
+    fit = ridge_values(tokens, width, hidden) + 4 * width * hidden + 3 * FIT_TOKENS * width
     return max(FLOAT * max(choice, fit), rows_bytes(hidden, width))
 
 
@@ -52,11 +52,9 @@ def compete(
 
     fit = outputs(gate, up)
     for _ in range(rounds):
-        rows = adapt_rows(tokens, gate, up, fit.weights)
-        again = outputs(*rows)
-        if not again.unexplained < fit.unexplained:  # what is linear nearby need not be so far
-            break
-        (gate, up), fit = rows, again
+        gate, up = adapt_rows(tokens, gate, up, fit.weights)
+        del fit  # its weights need not be in memory while others are sought
+        fit = outputs(gate, up)
     tokens.delete()
     # Scale moves freely between the norm and the columns: even columns quantize best.
     scale = ((gate.square().mean(dim=0) + up.square().mean(dim=0)) / 2).sqrt().clamp_min(1e-6)

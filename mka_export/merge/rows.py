@@ -19,10 +19,10 @@ def rows_bytes(hidden: int, width: int) -> int:
 
 
 def adapt_rows(tokens: FitTokens, gate: Tensor, up: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:
-    """Return gate and up rows with which the MLP comes closer to what it should add, ``down_proj`` as it is.
+    """Return gate and up rows with which the MLP comes closer to what it should add, or those given if it does not.
 
-    Where each row changes a little, what the MLP adds changes by ``down ((act'(G x) ⊙ U x) ⊙ δG x + act(G x) ⊙ δU x)``.
-    That is linear in δG and δU, and they are what a regression on what is still to be added finds in ``STEPS`` steps
+    ``down_proj`` stays as it is. Where each row changes a little, what the MLP adds changes by
+    ``down ((act'(G x) ⊙ U x) ⊙ δG x + act(G x) ⊙ δU x)``. That is linear in δG and δU, and they are what a regression on what is still to be added finds in ``STEPS`` steps
     of conjugate gradients (Golub & Van Loan, Matrix Computations, §11.3), from the rows at hand and held there by
     ``HOLD`` × the diagonal of the normal equations, which are scaled by it too. The diagonal is taken to be the product of
     what a neuron does and what an input is, each in the mean.
@@ -64,7 +64,15 @@ def adapt_rows(tokens: FitTokens, gate: Tensor, up: Tensor, down: Tensor) -> tup
         before, size = size, _dot(left, scaled)
         direction.mul_(size / before).add_(scaled)
     tokens.free(slopes)
-    return rows[: len(gate)], rows[len(gate) :]
+    adapted = rows[: len(gate)], rows[len(gate) :]
+    # What is linear nearby need not be so far.
+    return adapted if _left(tokens, *adapted, down) < _left(tokens, gate, up, down) else (gate, up)
+
+
+def _left(tokens: FitTokens, gate: Tensor, up: Tensor, down: Tensor) -> float:
+    """Return ‖what the MLP adds − what it should add‖² over all tokens."""
+    parts = (neurons.matmul(down.T).sub_(targets) for neurons, targets in tokens.neurons(gate, up))
+    return sum(float(part.square().sum(dtype=torch.float64)) for part in parts)
 
 
 def _by_rows(slopes: Tensor, neurons: Tensor, inputs: Tensor) -> Tensor:

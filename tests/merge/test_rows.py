@@ -59,6 +59,9 @@ def test_many_steps_find_what_the_regression_finds(mlp, monkeypatch):
         jacobian.T @ jacobian + torch.diag(held), jacobian.T @ (targets - before).flatten()
     ).view(2, NEURONS, -1)
     monkeypatch.setattr(module, "STEPS", 300)
+    monkeypatch.setattr(
+        module, "_left", lambda tokens, rows, *_: float(rows is gate)
+    )  # it is far: a few neurons for all
     given = gate.clone(), up.clone()
     found = torch.stack(adapt_rows(tokens, gate, up, down)).double() - torch.stack([gate, up]).double()
     assert float((found - expected).norm() / expected.norm()) < 1e-3
@@ -81,7 +84,11 @@ def test_a_merge_explains_more_with_adapted_rows(trajectory):
     assert not list(trajectory.folder.glob("fit-*")), "nothing of a fit stays on disk"
 
 
-def test_rows_that_explain_less_are_not_taken(trajectory, monkeypatch):
-    monkeypatch.setattr("mka_export.merge.compete.adapt_rows", lambda tokens, gate, up, down: (gate.roll(1, 0), up))
-    kept, adapted = (compete(trajectory, 2, 3, 1.0, rounds=rounds)[0] for rounds in (0, ROUNDS))
-    assert all(torch.equal(kept[name], adapted[name]) for name in kept)
+def test_rows_that_are_too_far_for_what_is_linear_are_not_taken(mlp, monkeypatch):
+    tokens, gate, up, down = mlp
+    monkeypatch.setattr(module, "HOLD", -0.999)  # far too long a step
+    found = adapt_rows(tokens, gate, up, down)
+    left = [
+        float((now - to).square().sum()) for now, to in (added(tokens, *found, down), added(tokens, gate, up, down))
+    ]
+    assert left[0] <= left[1]
