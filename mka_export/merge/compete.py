@@ -82,12 +82,14 @@ def _strongest(
     tokens.free(*files)
     strength = everyone.weights.norm(dim=0) * everyone.root_mean_square
     kept = strength.topk(width).indices.sort().values
+    del everyone
+    down = down[:, kept]
     parts = kept[kept < width], kept[kept >= width] - width
     gate, up = (
         torch.cat([normed(trajectory, place, roles[role])[part] for place, part in zip(places, parts, strict=True)])
         for role in ROWS
     )
-    return gate, up, down[:, kept], len(parts[1]) / width
+    return gate, up, down, len(parts[1]) / width
 
 
 def _activations(trajectory: Trajectory, position: int, tokens: FitTokens, chosen: Tensor) -> StatesFile:

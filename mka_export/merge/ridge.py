@@ -81,15 +81,15 @@ def _in_features(blocks: Blocks, rows: int, prior: Tensor, strength: float) -> F
             part = slice(start, start + _COLUMNS)
             gram[start:, part].addmm_(a[:, start:].T, a[:, part])
         cross.addmm_(a.T, residual)
-        energy += _energy(y)
-        before += _energy(residual)
+        energy += sum_of_squares(y)
+        before += sum_of_squares(residual)
     scale = _scale(gram.diagonal().clone())
     gram.mul_(1 / scale).mul_(1 / scale[:, None])
     gram.diagonal().add_(strength)
     cross.mul_(1 / scale[:, None])
     change = _solve(gram, cross)
     # ‖A Δᵀ − residual‖² by the equations that Δ solves.
-    left = before - float((change * cross).sum(dtype=torch.float64)) - strength * _energy(change)
+    left = before - float((change * cross).sum(dtype=torch.float64)) - strength * sum_of_squares(change)
     change /= scale[:, None]
     return Fit(change.add_(prior.T).T, scale / rows**0.5, max(0.0, left / energy))
 
@@ -103,7 +103,7 @@ def _in_rows(blocks: Blocks, rows: int, prior: Tensor, strength: float) -> Fit:
         part = slice(first, first + len(y))
         a[part], residual[part] = neurons, y - neurons @ prior.T
         squares += neurons.square().sum(dim=0)
-        first, energy = part.stop, energy + _energy(y)
+        first, energy = part.stop, energy + sum_of_squares(y)
     scale = _scale(squares)
     a /= scale * strength**0.5
     kernel = prior.new_zeros(rows, rows)
@@ -115,7 +115,7 @@ def _in_rows(blocks: Blocks, rows: int, prior: Tensor, strength: float) -> Fit:
     change = a.T @ left
     del a
     change /= scale[:, None] * strength**0.5
-    return Fit(change.add_(prior.T).T, scale / rows**0.5, _energy(left) / energy)
+    return Fit(change.add_(prior.T).T, scale / rows**0.5, sum_of_squares(left) / energy)
 
 
 def _scale(squares: Tensor) -> Tensor:
@@ -123,7 +123,8 @@ def _scale(squares: Tensor) -> Tensor:
     return (squares + FLOOR * squares.mean()).sqrt()
 
 
-def _energy(values: Tensor) -> float:
+def sum_of_squares(values: Tensor) -> float:
+    """Return what the squares add up to, added in float64."""
     return float(values.square().sum(dtype=torch.float64))
 
 

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from mka_export.merge.fit_tokens import FIT_TOKENS, FitTokens
 from mka_export.merge.fuse import FLOAT
-from mka_export.merge.ridge import FLOOR
+from mka_export.merge.ridge import FLOOR, sum_of_squares
 
 STEPS = 4  # of conjugate gradients
 HOLD = 0.3  # how strongly the rows are held where they are; a tenth or ten times as much changes little
@@ -34,13 +34,16 @@ def adapt_rows(tokens: FitTokens, gate: Tensor, up: Tensor, down: Tensor) -> tup
     """
     rows = torch.cat([gate, up])
     slopes = tokens.scratch(len(rows))
-    left, neurons, inputs, first = torch.zeros_like(rows), rows.new_zeros(len(rows)), rows.new_zeros(rows.shape[1]), 0
+    left, neurons, inputs = torch.zeros_like(rows), rows.new_zeros(len(rows)), rows.new_zeros(rows.shape[1])
+    first, unexplained = 0, 0.0
     for read, targets, weight in tokens.blocks():
         activation, slope = torch.func.jvp(tokens.activation, (at := read @ gate.T,), (torch.ones_like(at),))[:2]
         linear = read @ up.T
         both = torch.cat([slope * linear, activation], dim=1) * weight
         slopes.write(first, both)
-        left += _by_rows(both, (targets - (activation * linear * weight) @ down.T) @ down, read)
+        residual = targets - (activation * linear * weight) @ down.T
+        unexplained += sum_of_squares(residual)
+        left += _by_rows(both, residual @ down, read)
         neurons += both.square().sum(dim=0)
         inputs += read.square().mean(dim=0)
         first += len(read)
@@ -66,13 +69,12 @@ def adapt_rows(tokens: FitTokens, gate: Tensor, up: Tensor, down: Tensor) -> tup
     tokens.free(slopes)
     adapted = rows[: len(gate)], rows[len(gate) :]
     # What is linear nearby need not be so far.
-    return adapted if _left(tokens, *adapted, down) < _left(tokens, gate, up, down) else (gate, up)
+    return adapted if _unexplained(tokens, *adapted, down) < unexplained else (gate, up)
 
 
-def _left(tokens: FitTokens, gate: Tensor, up: Tensor, down: Tensor) -> float:
+def _unexplained(tokens: FitTokens, gate: Tensor, up: Tensor, down: Tensor) -> float:
     """Return ‖what the MLP adds − what it should add‖² over all tokens."""
-    parts = (neurons.matmul(down.T).sub_(targets) for neurons, targets in tokens.neurons(gate, up))
-    return sum(float(part.square().sum(dtype=torch.float64)) for part in parts)
+    return sum(sum_of_squares(neurons.matmul(down.T).sub_(targets)) for neurons, targets in tokens.neurons(gate, up))
 
 
 def _by_rows(slopes: Tensor, neurons: Tensor, inputs: Tensor) -> Tensor:

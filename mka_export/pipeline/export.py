@@ -129,7 +129,7 @@ class Export(Job):
             settings = self._settings(self.planned, model.architecture.name, layers)
             method, remove = settings.method, settings.remove
             need = merge_need(model, remove, method, tokens, CALIBRATION_WINDOW)
-            if searches and not (self.out / MERGED / RECORD).is_file():  # what is tried is not kept
+            if searches and not (self.out / MERGED / RECORD).is_file():  # else it is over; what is tried is not kept
                 stages[DEPTH] = Need(scratch=need.kept + need.scratch, memory=need.memory)
             layers -= self.auto.least(model) if self.auto else remove
             stages[MERGED] = dataclasses.replace(need, kept=model.with_layers(layers).nbytes)
