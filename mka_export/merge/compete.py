@@ -45,16 +45,17 @@ def compete(
     """
     roles = trajectory.runner.checkpoint.architecture.layer
     tokens = FitTokens(trajectory, position, last, relative=True)
-    gate, up, down, from_upper = _strongest(trajectory, (position, last), tokens)
+    rows, down, from_upper = _strongest(trajectory, (position, last), tokens)
+    gate, up = rows.chunk(2)
 
-    def outputs(gate: Tensor, up: Tensor) -> Fit:
+    def outputs() -> Fit:
         return ridge(lambda: tokens.neurons(gate, up), tokens.count, down)
 
-    fit = outputs(gate, up)
+    fit = outputs()
     for _ in range(rounds):
-        gate, up = adapt_rows(tokens, gate, up, fit.weights)
+        adapt_rows(tokens, rows, fit.weights)
         del fit  # its weights need not be in memory while others are sought
-        fit = outputs(gate, up)
+        fit = outputs()
     tokens.delete()
     # Scale moves freely between the norm and the columns: even columns quantize best.
     scale = ((gate.square().mean(dim=0) + up.square().mean(dim=0)) / 2).sqrt().clamp_min(1e-6)
@@ -68,10 +69,8 @@ def compete(
     return fused, {"neurons_from_upper": from_upper, "unexplained": fit.unexplained}
 
 
-def _strongest(
-    trajectory: Trajectory, places: tuple[int, int], tokens: FitTokens
-) -> tuple[Tensor, Tensor, Tensor, float]:
-    """Return gate, up and ``down_proj`` of the neurons of two layers that contribute most, and the upper one's share."""
+def _strongest(trajectory: Trajectory, places: tuple[int, int], tokens: FitTokens) -> tuple[Tensor, Tensor, float]:
+    """Return rows (gate's, and below them up's) and ``down_proj`` of two layers' strongest neurons, the upper's share."""
     roles = trajectory.runner.checkpoint.architecture.layer
     name = roles["down"]
     down = torch.cat([trajectory.weights(place, name)[name] for place in places], dim=1)
@@ -85,11 +84,14 @@ def _strongest(
     del everyone
     down = down[:, kept]
     parts = kept[kept < width], kept[kept >= width] - width
-    gate, up = (
-        torch.cat([normed(trajectory, place, roles[role])[part] for place, part in zip(places, parts, strict=True)])
-        for role in ROWS
+    rows = torch.cat(
+        [
+            normed(trajectory, place, roles[role])[part]
+            for role in ROWS
+            for place, part in zip(places, parts, strict=True)
+        ]
     )
-    return gate, up, down, len(parts[1]) / width
+    return rows, down, len(parts[1]) / width
 
 
 def _activations(trajectory: Trajectory, position: int, tokens: FitTokens, chosen: Tensor) -> StatesFile:

@@ -14,7 +14,7 @@ from torch.nn import functional
 
 from mka_export.data import load_json, value_of
 from mka_export.merge.choose import Choice, Settings, allowed_pairs, enough_pairs, similar_pairs
-from mka_export.merge.fuse import Fuse
+from mka_export.merge.fuse import Fuse, Fused
 from mka_export.merge.steps import Step, merge_spans, step_from
 from mka_export.merge.trajectory import Trajectory
 from mka_export.merge.views import Views
@@ -57,27 +57,43 @@ def _chosen(fuse: Fuse, settings: Settings, views: Views) -> list[Step]:
     probe, notes, openings = views.probe, _Notes(views.notes), _Openings(views.probe)
     if len(notes.chosen) < settings.remove:
         for number in range(settings.remove):
+            file, fused = views.trial.folder / f"chosen-{number}.safetensors", None
             if number == len(notes.chosen):
-                notes.choose(_least_damaged(fuse, settings, views, openings, notes))
+                step, fused = _least_damaged(fuse, settings, views, openings, notes, file)
+                notes.choose(step)
             step = notes.chosen[number]
             position, last = step.places([layer.span for layer in probe.layers])
-            file = views.trial.folder / f"chosen-{number}.safetensors"
-            save_tensors(fuse(views.trial, position, last, step.alpha)[0], file)
+            if step != fused:
+                save_tensors(fuse(views.trial, position, last, step.alpha)[0], file)
             views.replace_on_trial(position, last, file)
         views.reset()
     return notes.chosen[: settings.remove]
 
 
-def _least_damaged(fuse: Fuse, settings: Settings, views: Views, openings: _Openings, notes: _Notes) -> Step:
-    """Return the pair, of the most similar ones, whose merge does least damage."""
+def _least_damaged(
+    fuse: Fuse, settings: Settings, views: Views, openings: _Openings, notes: _Notes, file: Path
+) -> tuple[Step, Step | None]:
+    """Return the pair, of the most similar ones, whose merge does least damage, and that whose layer is in ``file`` now."""
     probe, similarities = views.probe, views.similarities.neighbours()
     order = sorted(allowed_pairs(settings, probe), key=similarities.__getitem__, reverse=True)
     steps = {place: _step(settings, views, place, similarities[place]) for place in order[:SCREENED]}
     new = [place for place, step in steps.items() if not notes.knows(step)]
-    now = openings.divergence(probe.outcome(len(probe.layers), (), OPENING)) if new else 0.0
+    least = min((notes.damage(step) for step in steps.values() if notes.knows(step)), default=math.inf)
+    now, written = openings.divergence(probe.outcome(len(probe.layers), (), OPENING)) if new else 0.0, None
     for place in new:
-        notes.measure(steps[place], openings.divergence(_on_trial(fuse, views, place, steps[place].alpha)) - now)
-    return min(steps.values(), key=notes.damage)
+        fused, _ = fuse(views.trial, place, place + 1, steps[place].alpha)
+        damage = openings.divergence(_with(fused, probe, place)) - now
+        notes.measure(steps[place], damage)
+        if damage < least:
+            least, written = damage, steps[place]
+            save_tensors(fused, file)
+    return min(steps.values(), key=notes.damage), written
+
+
+def _with(fused: Fused, probe: Trajectory, place: int) -> Tensor:
+    """Return the openings' final states if ``fused`` stood for the layer at ``place`` and the next."""
+    layers = chain([(probe.layers[place].first, lambda: fused)], probe.above(place + 1))
+    return probe.outcome(place, layers, OPENING)
 
 
 def _step(settings: Settings, views: Views, place: int, similarity: float) -> Step:
@@ -138,13 +154,6 @@ class _Notes:
 
 def _key(step: Step) -> str:
     return f"{step.lower}+{step.upper}"
-
-
-def _on_trial(fuse: Fuse, views: Views, place: int, alpha: float) -> Tensor:
-    """Return the openings' final states if the layer at ``place`` and the next were fused as the trial's windows say."""
-    fused, _ = fuse(views.trial, place, place + 1, alpha)
-    kind = views.probe.layers[place].first
-    return views.probe.outcome(place, chain([(kind, lambda: fused)], views.probe.above(place + 1)), OPENING)
 
 
 class _Openings:

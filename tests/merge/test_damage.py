@@ -7,6 +7,7 @@ import json
 import pytest
 import torch
 from merge_tools import CALIBRATION, QUIET, WINDOWS, merged, settings
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from mka_export.merge import damage
@@ -76,6 +77,21 @@ def test_only_the_most_similar_are_measured(pico_llama, tmp_path, monkeypatch):
     assert len(notes_of(tmp_path / "b-pieces")["damages"]) == 1
     (ours,), (theirs,) = json.loads((out / "plan.json").read_text())["steps"], similar["steps"]
     assert (ours["lower"], ours["upper"]) == (theirs["lower"], theirs["upper"])
+
+
+def test_what_was_just_fused_on_trial_is_not_fused_again(pico_llama, tmp_path):
+    """And the layer that stands there is that of the pair that was chosen."""
+    views, fused = Views.of(LayerRunner(Checkpoint.open(pico_llama)), IDS, "npib", tmp_path, tmp_path), {}
+
+    def counted(trajectory, position, last, alpha):
+        assert position not in fused
+        fused[position] = compete(trajectory, position, last, alpha)
+        return fused[position]
+
+    (choice,) = damage.least_damage(counted, settings(remove=1, protect=0), views)
+    assert len(fused) == 5
+    kept = load_file(views.trial.folder / "chosen-0.safetensors")
+    assert all(torch.equal(kept[name], tensor) for name, tensor in fused[choice.position][0].items())
 
 
 def test_fits_go_bottom_up_and_no_layer_runs_twice(pico_llama, tmp_path, monkeypatch):
