@@ -7,6 +7,7 @@ import torch
 from merge_tools import WINDOWS
 from torch import Tensor
 
+from mka_export.merge import compete as competition
 from mka_export.merge import rows as module
 from mka_export.merge.compete import ROUNDS, compete
 from mka_export.merge.fit_tokens import FitTokens, normed
@@ -75,11 +76,14 @@ def test_rows_that_cannot_be_better_stay(mlp):
     assert torch.equal(adapted, rows)
 
 
-def test_a_merge_explains_more_with_adapted_rows(trajectory):
+def test_a_merge_explains_more_with_adapted_rows_where_tokens_are_enough(trajectory, monkeypatch):
+    monkeypatch.setattr(competition, "ROW_TOKENS", WINDOWS.size / trajectory.runner.checkpoint.hidden_size)
     kept, adapted = (compete(trajectory, 2, 3, 1.0, rounds=rounds)[1] for rounds in (0, ROUNDS))
     assert adapted["unexplained"] < 0.95 * kept["unexplained"]
     assert adapted["neurons_from_upper"] == kept["neurons_from_upper"]
     assert not list(trajectory.folder.glob("fit-*")), "nothing of a fit stays on disk"
+    monkeypatch.setattr(competition, "ROW_TOKENS", competition.ROW_TOKENS + 1)
+    assert compete(trajectory, 2, 3, 1.0, rounds=ROUNDS)[1] == kept
 
 
 def test_rows_that_are_too_far_for_what_is_linear_are_not_taken(mlp, monkeypatch):
