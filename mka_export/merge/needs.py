@@ -6,7 +6,7 @@ import math
 
 from mka_export.merge.fuse import FLOAT
 from mka_export.merge.methods import METHODS
-from mka_export.merge.views import PROBE_WINDOWS, TRIAL_WINDOWS
+from mka_export.merge.views import TRIAL_WINDOWS, probe_windows
 from mka_export.models.checkpoint import SHARD_BYTES
 from mka_export.models.outline import Outline
 from mka_export.models.runner import layer_pass_bytes
@@ -25,11 +25,12 @@ def merge_need(model: Outline, remove: int, method: str, tokens: int, window: in
     """
     hidden, width = model.layer[model.architecture.layer["down"]]
     layer = FLOAT * sum(map(math.prod, model.layer.values()))
-    windows = tokens // window  # evenly spread ones can be up to twice as many as are wanted
-    few = min(windows, 2 * (PROBE_WINDOWS + TRIAL_WINDOWS)) * window if windows > PROBE_WINDOWS else 0
+    windows = tokens // window
+    few = len(probe_windows(windows))
+    few = min(windows, few + TRIAL_WINDOWS) * window if windows > few else 0
     boundaries = 2 * (model.num_layers + 1)  # of the original, and of the model under merge
     states = boundaries * (tokens + few) * hidden * FLOAT
-    fit = tokens * (2 * hidden + 1 + 2 * width) * FLOAT
+    fit = (tokens * (2 * hidden + 1 + 2 * width) + 2 * width * hidden) * FLOAT
     largest = model.itemsize * max(map(math.prod, model.shapes.values()))
     return Need(
         kept=model.with_layers(model.num_layers - remove).nbytes,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -13,8 +13,19 @@ from mka_export.merge.similarity import Similarities
 from mka_export.merge.trajectory import Trajectory
 from mka_export.models.runner import LayerRunner
 
-PROBE_WINDOWS, TRIAL_WINDOWS = 4, 8
+TRIAL_WINDOWS = 16
 STATES = "states-"
+
+
+def probe_windows(count: int) -> list[int]:
+    """Return which of ``count`` calibration windows the probe has: one in eight, but from four to eight."""
+    return _spread(range(count), max(4, min(8, count // 8)))
+
+
+def _spread(windows: Sequence[int], count: int) -> list[int]:
+    """Return ``count`` of them, evenly spread, or all if they are fewer."""
+    count = min(count, len(windows))
+    return [windows[i * len(windows) // count] for i in range(count)]
 
 
 @dataclass(frozen=True)
@@ -47,10 +58,8 @@ class Views:
             pieces: where finished merges are kept.
         """
         folder = states / f"{STATES}{len(ids)}"  # fewer where windows were left out
-        everything, probe = Trajectory(runner, ids, folder / "all"), None
-        if len(ids) > PROBE_WINDOWS:
-            probe = Trajectory(runner, ids, folder / "probe", range(0, len(ids), len(ids) // PROBE_WINDOWS))
-        probe = probe or everything
+        everything, few = Trajectory(runner, ids, folder / "all"), probe_windows(len(ids))
+        probe = Trajectory(runner, ids, folder / "probe", few) if len(few) < len(ids) else everything
         return cls(everything, probe, Similarities(probe, measure), pieces / f"damages-{len(ids)}.json")
 
     @cached_property
@@ -61,7 +70,7 @@ class Views:
         if not left:
             return self.probe
         folder = self.everything.folder.with_name("trial")
-        return Trajectory(self.everything.runner, ids, folder, left[:: max(1, len(left) // TRIAL_WINDOWS)])
+        return Trajectory(self.everything.runner, ids, folder, _spread(left, TRIAL_WINDOWS))
 
     def replace(self, position: int, last: int, file: Path) -> None:
         """Put one layer, with the float32 weights in ``file``, in the place of those from ``position`` to ``last``."""

@@ -15,10 +15,10 @@ from transformers import AutoModelForCausalLM
 
 from mka_export.errors import UsageError
 from mka_export.merge import choose
-from mka_export.merge.views import PROBE_WINDOWS
+from mka_export.merge.views import probe_windows
 
 IDS = torch.from_numpy(WINDOWS)
-PROBE = IDS[:: len(IDS) // PROBE_WINDOWS]
+PROBE = IDS[probe_windows(len(IDS))]
 LAYERS, REMOVE = 6, 2
 
 

@@ -15,7 +15,7 @@ from mka_export.merge.compete import compete
 from mka_export.merge.stage import trial
 from mka_export.merge.steps import Step
 from mka_export.merge.trajectory import Trajectory
-from mka_export.merge.views import PROBE_WINDOWS, Views
+from mka_export.merge.views import Views, probe_windows
 from mka_export.models.checkpoint import Checkpoint
 from mka_export.models.runner import LayerRunner
 
@@ -41,7 +41,7 @@ def test_damage_is_how_much_the_predictions_turn_away(pico_llama, plan, tmp_path
     """Of one pair, worked out with transformers: fitted to some windows, measured on others."""
     views = Views.of(LayerRunner(Checkpoint.open(pico_llama)), IDS, "npib", tmp_path, tmp_path)
     probed, tried = list(views.probe.windows), list(views.trial.windows)
-    assert len(probed) == PROBE_WINDOWS
+    assert probed == probe_windows(len(IDS))
     assert not set(probed) & set(tried)
     fused, _ = compete(views.trial, 2, 3, 1.0)
     original = AutoModelForCausalLM.from_pretrained(pico_llama, dtype=torch.float32)

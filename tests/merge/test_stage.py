@@ -20,7 +20,7 @@ from mka_export.merge.methods import METHODS
 from mka_export.merge.plan import read_plan
 from mka_export.merge.stage import layers_to_remove
 from mka_export.merge.trajectory import Trajectory
-from mka_export.merge.views import PROBE_WINDOWS
+from mka_export.merge.views import probe_windows
 from mka_export.models.activations import Activations, calibrate
 from mka_export.models.checkpoint import Checkpoint
 from mka_export.models.runner import LayerRunner
@@ -136,7 +136,7 @@ def test_input_is_not_touched(pico_llama, tmp_path):
 
 def test_activations_are_those_of_the_merged_model_on_the_probe_windows(pico_llama, tmp_path):
     out = merged(pico_llama, tmp_path / "out", settings())
-    probe = torch.from_numpy(WINDOWS[:: len(WINDOWS) // PROBE_WINDOWS])
+    probe = torch.from_numpy(WINDOWS[probe_windows(len(WINDOWS))])
     kept = Activations.load(out / "activations.safetensors")
     fresh = calibrate(LayerRunner(Checkpoint.open(out)), probe, "0" * 64, QUIET)
     assert kept.tokens == probe.numel()
