@@ -37,3 +37,10 @@ def merge_need(model: Outline, remove: int, method: str, tokens: int, window: in
         scratch=states + fit + 2 * remove * layer,  # every merge on trial, and on everything
         memory=max(layer_pass_bytes(model), METHODS[method].memory(model, tokens), 2 * max(SHARD_BYTES, largest)),
     )
+
+
+def similarity_need(model: Outline, tokens: int, window: int) -> Need:
+    """Return what looking at the layers' similarity takes; arguments as for ``merge_need``."""
+    probe = len(probe_windows(tokens // window)) * window
+    states = ((model.num_layers + 1) * probe + tokens) * model.hidden_size * FLOAT
+    return Need(scratch=states, memory=layer_pass_bytes(model))

@@ -12,8 +12,12 @@ from rich.console import Console
 
 from mka_export.errors import UsageError, unknown_name
 from mka_export.hashes import file_sha256
+from mka_export.inputs import CALIBRATION_WINDOW
 from mka_export.merge.measures import MEASURES
+from mka_export.merge.needs import similarity_need
 from mka_export.merge.stage import SIMILARITY, similarity_stage
+from mka_export.models.outline import Outline
+from mka_export.needs import require_room
 from mka_export.options import (
     ConvertOptions,
     DeviceOptions,
@@ -157,6 +161,10 @@ def similarity(
     assert job.out is not None
     with Workspace(job.out, job.progress) as job.workspace:
         job.open()
+        disk = similarity_need(
+            Outline.of_checkpoint(job.original), texts.calibration_tokens, CALIBRATION_WINDOW
+        ).scratch
+        require_room(job.out, disk, "looking at the layers", "Free space there, or choose another --out.")
         windows = job.calibration
         about = windows.describe()
         inputs = {**job.inputs(job.original), "calibration": about, "measures": chosen}
