@@ -52,9 +52,10 @@ class LayerRunner:
     def __init__(self, checkpoint: Checkpoint, device: str = "cpu") -> None:
         self.checkpoint = checkpoint
         self.device = pick_device(device)
-        self._model = _empty_model(checkpoint)
         weights = sum(math.prod(checkpoint.shapes[name]) for name in checkpoint.layer_names(0))
+        # Before the model is built: what that frees would stay, hole by hole and layer by layer, to be filled later.
         return_freed_blocks(1 << 20 if weights >= LARGE_LAYER else 16 << 20)
+        self._model = _empty_model(checkpoint)
         architecture = checkpoint.architecture
         self._layers = self._model.get_submodule(architecture.layers)
         self._parent, _, self._layers_name = architecture.layers.rpartition(".")
