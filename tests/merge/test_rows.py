@@ -46,7 +46,7 @@ def test_many_steps_find_what_the_regression_finds(mlp, monkeypatch):
     jacobian = torch.cat(
         [
             each.flatten(start_dim=2).flatten(end_dim=1)
-            for each in torch.func.jacrev(lambda *rows: added(tokens, *rows, down)[0], argnums=(0, 1))(gate, up)
+            for each in torch.func.jacfwd(lambda *rows: added(tokens, *rows, down)[0], argnums=(0, 1))(gate, up)
         ],
         dim=1,
     ).double()
@@ -61,7 +61,7 @@ def test_many_steps_find_what_the_regression_finds(mlp, monkeypatch):
     expected = torch.linalg.solve(
         jacobian.T @ jacobian + torch.diag(held), jacobian.T @ (targets - before).flatten()
     ).view(2, NEURONS, -1)
-    monkeypatch.setattr(module, "STEPS", 300)
+    monkeypatch.setattr(module, "STEPS", 80)
     monkeypatch.setattr(module, "_unexplained", lambda *_: 0.0)  # these few neurons are far from it: see below
     adapted = rows.clone()
     adapt_rows(tokens, adapted, down)
@@ -88,7 +88,7 @@ def test_a_merge_explains_more_with_adapted_rows_where_tokens_are_enough(traject
 
 def test_rows_that_are_too_far_for_what_is_linear_are_not_taken(mlp, monkeypatch):
     tokens, rows, down = mlp
-    monkeypatch.setattr(module, "STEPS", 300)  # all the way
+    monkeypatch.setattr(module, "STEPS", 80)  # all the way
     adapted = rows.clone()
     adapt_rows(tokens, adapted, down)
     assert torch.equal(adapted, rows)
