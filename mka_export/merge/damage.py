@@ -67,6 +67,8 @@ def _chosen(fuse: Fuse, settings: Settings, views: Views) -> list[Step]:
                 save_tensors(fuse(views.trial, position, last, step.alpha)[0], file)
             views.replace_on_trial(position, last, file)
         views.reset()
+        for file in views.trial.folder.glob("chosen-*"):
+            file.unlink()
     return notes.chosen[: settings.remove]
 
 

@@ -26,15 +26,15 @@ def merge_need(model: Outline, remove: int, method: str, tokens: int, window: in
     hidden, width = model.layer[model.architecture.layer["down"]]
     layer = FLOAT * sum(map(math.prod, model.layer.values()))
     windows = tokens // window
-    few = len(probe_windows(windows))
-    few = min(windows, few + TRIAL_WINDOWS) * window if windows > few else 0
-    boundaries = 2 * (model.num_layers + 1)  # of the original, and of the model under merge
-    states = boundaries * (tokens + few) * hidden * FLOAT
+    probe = len(probe_windows(windows))
+    few = min(windows, probe + TRIAL_WINDOWS) if windows > probe else 0
+    # The states of the original, and of the model under merge: those of the trials are freed before all are fitted.
+    states = (model.num_layers + 1) * (2 * tokens + (few + min(few, probe)) * window) * hidden * FLOAT
     fit = (tokens * (2 * hidden + 1 + 2 * width) + 2 * width * hidden) * FLOAT
     largest = model.itemsize * max(map(math.prod, model.shapes.values()))
     return Need(
         kept=model.with_layers(model.num_layers - remove).nbytes,
-        scratch=states + fit + 2 * remove * layer,  # every merge on trial, and on everything
+        scratch=states + fit + remove * layer,
         memory=max(layer_pass_bytes(model), METHODS[method].memory(model, tokens), 2 * max(SHARD_BYTES, largest)),
     )
 

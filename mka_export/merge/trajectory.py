@@ -157,7 +157,9 @@ class Trajectory:
         self.layers[position : last + 1] = [Layer(*span, file)]
 
     def reset(self) -> None:
-        """Make the model under merge the original again."""
+        """Make the model under merge the original again, and free the disk of what it was."""
+        for file in self.folder.glob("merged-*.f32"):
+            file.unlink()
         self.layers = [Layer(i, i) for i in range(self.runner.checkpoint.num_layers)]
         self._shared = len(self.layers)
         self._merged_known = 0

@@ -79,18 +79,25 @@ def test_only_the_most_similar_are_measured(pico_llama, tmp_path, monkeypatch):
     assert (ours["lower"], ours["upper"]) == (theirs["lower"], theirs["upper"])
 
 
-def test_what_was_just_fused_on_trial_is_not_fused_again(pico_llama, tmp_path):
-    """And the layer that stands there is that of the pair that was chosen."""
-    views, fused = Views.of(LayerRunner(Checkpoint.open(pico_llama)), IDS, "npib", tmp_path, tmp_path), {}
+def test_what_was_just_fused_on_trial_is_not_fused_again(pico_llama, tmp_path, monkeypatch):
+    """And the layer that stands there is that of the pair that was chosen; nothing of the trials is left."""
+    views, fused, kept = Views.of(LayerRunner(Checkpoint.open(pico_llama)), IDS, "npib", tmp_path, tmp_path), {}, {}
+    replace = Views.replace_on_trial
+
+    def seen(views, position, last, file):
+        kept.update(load_file(file))
+        replace(views, position, last, file)
 
     def counted(trajectory, position, last, alpha):
         assert position not in fused
         fused[position] = compete(trajectory, position, last, alpha)
         return fused[position]
 
+    monkeypatch.setattr(Views, "replace_on_trial", seen)
     (choice,) = damage.least_damage(counted, settings(remove=1, protect=0), views)
     assert len(fused) == 5
-    kept = load_file(views.trial.folder / "chosen-0.safetensors")
+    assert kept.keys() == fused[choice.position][0].keys()
+    assert not [*tmp_path.rglob("chosen-*"), *tmp_path.rglob("merged-*")]
     assert all(torch.equal(kept[name], tensor) for name, tensor in fused[choice.position][0].items())
 
 
