@@ -40,7 +40,7 @@ def merge_need(model: Outline, remove: int, method: str, tokens: int, window: in
 
 
 def similarity_need(model: Outline, tokens: int, window: int) -> Need:
-    """Return what looking at the layers' similarity takes; arguments as for ``merge_need``."""
+    """Return the disk that looking at the layers' similarity takes; arguments as for ``merge_need``."""
     probe = len(probe_windows(tokens // window)) * window
     states = ((model.num_layers + 1) * probe + tokens) * model.hidden_size * FLOAT
-    return Need(scratch=states, memory=layer_pass_bytes(model))
+    return Need(scratch=states)

@@ -161,15 +161,13 @@ def similarity(
     assert job.out is not None
     with Workspace(job.out, job.progress) as job.workspace:
         job.open()
-        disk = similarity_need(
-            Outline.of_checkpoint(job.original), texts.calibration_tokens, CALIBRATION_WINDOW
-        ).scratch
-        require_room(job.out, disk, "looking at the layers", "Free space there, or choose another --out.")
         windows = job.calibration
         about = windows.describe()
         inputs = {**job.inputs(job.original), "calibration": about, "measures": chosen}
 
         def make(folder: Path, pieces: Path) -> None:
+            need = similarity_need(Outline.of_checkpoint(job.original), windows.ids.size, CALIBRATION_WINDOW)
+            require_room(folder, need.scratch, "looking at the layers", "Free space there, or choose another --out.")
             similarity_stage(job.runner, windows.ids, about, chosen, folder, pieces, job.progress)
 
         made = job.workspace.stage(SIMILARITIES, inputs, make)

@@ -53,22 +53,22 @@ def fill(disk: Path, left: int) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("command", "left"),
+    ("command", "left", "what"),
     [
-        (RUN, 1_000_000),
-        (["compare", "--methods", "tail,mka", "--ratios", "0.2", *SMALL], 1_000_000),
-        (["similarity", *SMALL], 500_000),
+        (RUN, 1_000_000, "of disk in"),
+        (["compare", "--methods", "tail,mka", "--ratios", "0.2", *SMALL], 1_000_000, "comparing the methods needs"),
+        (["similarity", *SMALL], 500_000, "looking at the layers needs"),
     ],
     ids=["run", "compare", "similarity"],
 )
-def test_refused_small_disk(command, left, small_disk, pico_llama):
+def test_refused_small_disk(command, left, what, small_disk, pico_llama):
     """the disk has too little room for the job: said before it starts"""
     fill(small_disk, left)
     words = [command[0], pico_llama, *command[1:]] if command is not RUN else [pico_llama, *command]
     result = type_in(*words, "--out", small_disk / "out", "--quiet")
     assert result.exit_code == 1
     (line,) = result.stderr.strip().splitlines()
-    assert "needs" in line or "of disk in" in line
+    assert what in line
     assert "are free. Free space there, or choose another --out." in line
     assert visible(small_disk / "out") <= {"manifest.json"}
 
