@@ -68,6 +68,10 @@ class Child:
             raise message
         return message
 
+    def finish(self) -> None:
+        """Wait until the function, which has said all, returns: a process that is ended leaves its semaphores behind."""
+        self._process.join(self.patience)
+
     def close(self) -> None:
         """End the process, at once and whatever it is doing."""
         self._process.kill()

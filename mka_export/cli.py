@@ -151,7 +151,7 @@ def compare(model: str, **groups: Any) -> None:
 @click.option("--against", required=True, help="The model to compare with: as MODEL elsewhere.")
 @options(texts=TextOptions, limits=LimitOptions, device=DeviceOptions, output=OutputOptions)
 def check(artifact: Path, against: str, **groups: Any) -> None:
-    """Measure ARTIFACT, any GGUF file, against a model."""
+    """Measure ARTIFACT, any GGUF file or ONNX folder, against a model."""
     from mka_export import pipeline
 
     sys.exit(pipeline.check(artifact, against, **groups))

@@ -14,6 +14,8 @@ from mka_export.needs import Need
 from mka_export.progress import Progress
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from mka_export.models.activations import Activations
     from mka_export.models.checkpoint import Checkpoint
     from mka_export.models.outline import Outline
@@ -46,7 +48,8 @@ class Target:
         converter: entry-point name of the converter.
         precision: the converter's own name of the number format.
         runtime: name of the runtime that ships with it (``parity/runtimes``).
-        activations: whether the converter is given column statistics of the calibration text.
+        activations: whether the converter is given column statistics of the calibration text,
+        calibration: and whether the text itself.
         families: architectures it can express; empty for all.
         conversion: limits against the checkpoint it was made from.
         compression: limits against the original model.
@@ -61,6 +64,7 @@ class Target:
     conversion: Limits
     compression: Limits
     activations: bool = False
+    calibration: bool = False
     families: tuple[str, ...] = ()
     options: Mapping[str, Any] = field(default_factory=dict)
 
@@ -106,9 +110,12 @@ class Converter(Protocol):
         pieces: Path,
         *,
         activations: Activations | None,
+        calibration: Tensor | None,
         progress: Progress,
     ) -> Artifact:
         """Make the artifact inside the existing empty folder ``out``.
+
+        ``activations`` and ``calibration``, token windows (N, T), are what the target asks for.
 
         A file that takes long to make, and from which others are made, may be left in the existing folder ``pieces``:
         it is there again if the work was killed and goes on with the same checkpoint and target.
@@ -140,7 +147,15 @@ def load_target(name: str) -> Target:
 def _target(name: str, data: Mapping[str, Any]) -> Target:
     if name.startswith(".") or not name.isprintable():  # it becomes a folder's; hidden ones are for work in progress
         raise ValueError(f"a target cannot be called {name!r}")
-    data = {"activations": False, "families": [], "conversion": {}, "compression": {}, "options": {}, **data}
+    data = {
+        "activations": False,
+        "calibration": False,
+        "families": [],
+        "conversion": {},
+        "compression": {},
+        "options": {},
+        **data,
+    }
     _require_known(data, "field", {f.name for f in fields(Target)} - {"name"})
     families = value_of(data, "families", list)
     if not all(isinstance(family, str) for family in families):
@@ -154,6 +169,7 @@ def _target(name: str, data: Mapping[str, Any]) -> Target:
         conversion=_limits(value_of(data, "conversion", dict)),
         compression=_limits(value_of(data, "compression", dict)),
         activations=value_of(data, "activations", bool),
+        calibration=value_of(data, "calibration", bool),
         families=tuple(families),
         options=value_of(data, "options", dict),
     )

@@ -89,7 +89,9 @@ def test_an_artifact_is_not_larger_than_forecast_and_not_much_smaller(precision,
     (tmp_path / "pieces").mkdir()
     need = converter.need(Outline.of_checkpoint(checkpoint), target)
     folders = tmp_path / "out", tmp_path / "pieces"
-    made = converter.convert(checkpoint, target, *folders, activations=None, progress=Progress(quiet=True))
+    made = converter.convert(
+        checkpoint, target, *folders, activations=None, calibration=None, progress=Progress(quiet=True)
+    )
     assert made.nbytes <= need.kept < 1.2 * made.nbytes + 1_200_000
     scratch = sum(path.stat().st_size for path in folders[1].iterdir())
     assert scratch <= need.scratch <= 1.1 * scratch + 1_200_000

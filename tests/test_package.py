@@ -31,7 +31,7 @@ print(json.dumps({
     "version": version("mka-export"),
     "targets": sorted(target_names()),
     "loaded": load_target("gguf-q4").converter,
-    "converter": load_converter("gguf").__name__,
+    "converters": [load_converter(name).__name__ for name in ("gguf", "onnx")],
     "entry_points": [p.name for p in entry_points(group="mka_export.converters")],
     "prompts": len(sample_prompts()),
     "corpus": len(tokenizer_corpus()),
@@ -82,7 +82,7 @@ def test_it_holds_the_product_and_nothing_else(wheel: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         names = archive.namelist()
     information = f"mka_export-{__version__}.dist-info"
-    assert {name.split("/")[0] for name in names} == {"mka_export", "mka_gguf", information}
+    assert {name.split("/")[0] for name in names} == {"mka_export", "mka_gguf", "mka_onnx", information}
     wanted = ("mka_export/py.typed", "mka_export/report/report.schema.json", "mka_export/models/catalog.toml")
     assert {*wanted, f"{information}/licenses/LICENSE"} <= set(names)
 
@@ -102,10 +102,10 @@ def test_the_data_came_along(seen: dict[str, Any]) -> None:
     assert seen["schema"]
 
 
-def test_the_converter_is_found_by_its_entry_point(seen: dict[str, Any]) -> None:
+def test_the_converters_are_found_by_their_entry_points(seen: dict[str, Any]) -> None:
     assert seen["loaded"] == "gguf"
-    assert "gguf" in seen["entry_points"]
-    assert seen["converter"].startswith("mka_gguf")
+    assert {"gguf", "onnx"} <= set(seen["entry_points"])
+    assert seen["converters"] == ["mka_gguf", "mka_onnx"]
 
 
 def test_the_command_answers(bare: Path) -> None:

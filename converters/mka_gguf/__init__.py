@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from mka_export.models.activations import Activations
     from mka_export.models.checkpoint import Checkpoint
     from mka_export.models.outline import Outline
@@ -35,9 +37,10 @@ def convert(
     pieces: Path,
     *,
     activations: Activations | None,
+    calibration: Tensor | None,
     progress: Progress,
 ) -> Artifact:
     """Turn a checkpoint into one GGUF file in the folder ``out``: see ``mka_gguf.conversion.convert``."""
     from mka_gguf.conversion import convert as run
 
-    return run(checkpoint, target, out, pieces, activations=activations, progress=progress)
+    return run(checkpoint, target, out, pieces, activations=activations, calibration=calibration, progress=progress)

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 from gguf import GGMLQuantizationType, GGUFWriter
 from numpy.typing import NDArray
+from torch import Tensor
 from transformers import PretrainedConfig
 
 from mka_export.errors import ConversionError, MkaError, UnsupportedError
@@ -42,6 +43,7 @@ def convert(
     pieces: Path,
     *,
     activations: Activations | None,
+    calibration: Tensor | None,
     progress: Progress,
 ) -> Artifact:
     """Turn a checkpoint into one GGUF file, ``<name>-<PRECISION>.gguf``, in the existing empty folder ``out``.
@@ -54,6 +56,7 @@ def convert(
         out: where to write.
         pieces: where the file that is quantized is kept, should the work be killed.
         activations: column statistics that guide the quantizer at 4 bits and fewer, or None.
+        calibration: not used.
         progress: told what is going on.
 
     Returns:

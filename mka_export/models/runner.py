@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
@@ -18,11 +18,12 @@ from mka_export.errors import CheckpointError, MkaError, UsageError, out_of_memo
 from mka_export.memory import return_freed_blocks
 from mka_export.models.checkpoint import CONFIG, Checkpoint, require_finite
 from mka_export.models.outline import Outline
-from mka_export.models.statistics import ColumnStatistics
+from mka_export.models.statistics import InputStatistics
 from mka_export.progress import Progress
 
 Weights = Mapping[str, Tensor]  # name inside the layer -> tensor, as the layer computes with it
 Result = TypeVar("Result")
+Seen = TypeVar("Seen", bound=InputStatistics)
 
 # Tokens that go through a layer together: enough to keep the cores busy, few enough that the widest
 # intermediate of an 8B model (14 336 neurons, float32) stays near 100 MB.
@@ -89,9 +90,7 @@ class LayerRunner:
         require_finite(name, rows)
         return rows.to(self.device, torch.float32)[inverse.to(self.device)]
 
-    def run_layer(
-        self, index: int, weights: Weights, states: Tensor, statistics: ColumnStatistics | None = None
-    ) -> Tensor:
+    def run_layer(self, index: int, weights: Weights, states: Tensor, statistics: Seen | None = None) -> Tensor:
         """Apply the layer of kind ``index`` with ``weights``: (batch, T, hidden) -> the same shape.
 
         ``index`` chooses what the layer is given (mask, rotary embeddings); the weights may be any.
@@ -104,11 +103,12 @@ class LayerRunner:
         """
 
         def work(states: Tensor) -> tuple[Tensor]:
-            seen = ColumnStatistics()  # of this attempt, which may end half-way
-            with self._watched(index, seen) if statistics is not None else nullcontext():
+            if statistics is None:
+                return (self._run_layer(index, weights, states),)
+            seen = type(statistics)()  # of this attempt, which may end half-way
+            with self._watched(index, seen):
                 after = self._run_layer(index, weights, states)
-            if statistics is not None:
-                statistics.include(seen)
+            statistics.include(seen)
             return (after,)
 
         (after,) = _as_memory_allows(work, states)
@@ -141,7 +141,7 @@ class LayerRunner:
         return after
 
     @contextmanager
-    def _watched(self, index: int, statistics: ColumnStatistics) -> Iterator[None]:
+    def _watched(self, index: int, statistics: InputStatistics) -> Iterator[None]:
         """Tell ``statistics`` the input of every linear layer inside layer ``index`` while the block runs."""
 
         def attach(path: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from safetensors import safe_open
@@ -12,9 +13,26 @@ from torch import Tensor
 from mka_export.models.checkpoint import save_tensors
 from mka_export.workspace import publish_file
 
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+
+class InputStatistics(Protocol):
+    """What ``LayerRunner.run_layer`` tells of the inputs of one layer's linear modules."""
+
+    def __init__(self) -> None: ...
+
+    def add(self, path: str, inputs: Tensor) -> None:
+        """Add the input (batch, tokens, features) of module ``path``."""
+        ...
+
+    def include(self, other: Self) -> None:
+        """Add all that ``other`` has seen."""
+        ...
+
 
 class ColumnStatistics:
-    """Mean squares of the inputs of one layer's linear modules, gathered by ``LayerRunner.run_layer``."""
+    """Mean squares of the inputs of one layer's linear modules."""
 
     def __init__(self) -> None:
         self._sums: dict[str, Tensor] = {}
@@ -52,3 +70,38 @@ class ColumnStatistics:
     def mean_square(self) -> dict[str, Tensor]:
         """Weight name inside the layer -> (in_features,) float32."""
         return {f"{path}.weight": (total / self._rows[path]).float().cpu() for path, total in self._sums.items()}
+
+
+class Grams:
+    """Gram matrices Σ x xᵀ of the inputs of one layer's linear modules; modules with the same input share one.
+
+    Attributes:
+        tokens: how many the sums are over.
+    """
+
+    def __init__(self) -> None:
+        self.tokens = 0
+        self._sums: dict[str, Tensor] = {}
+        self._first: dict[str, str] = {}  # module -> the first one with the same input
+        self._last: tuple[str, Tensor] | None = None
+
+    def add(self, path: str, inputs: Tensor) -> None:
+        """Add the input (batch, tokens, features) of module ``path``."""
+        if self._last is not None and self._last[1] is inputs:
+            self._first[path] = self._last[0]
+            return
+        rows = inputs.flatten(0, -2)
+        if not self._sums:
+            self.tokens = len(rows)
+        self._first[path], self._sums[path], self._last = path, rows.T @ rows, (path, inputs)
+
+    def include(self, other: Grams) -> None:
+        """Add all that ``other`` has seen."""
+        self.tokens += other.tokens
+        self._first |= other._first
+        for path, total in other._sums.items():
+            self._sums[path] = self._sums[path] + total if path in self._sums else total
+
+    def __getitem__(self, path: str) -> Tensor:
+        """Return the mean of x xᵀ over tokens for module ``path``: (in_features, in_features) float32."""
+        return self._sums[self._first[path]] / self.tokens

@@ -121,7 +121,7 @@ class Export(Job):
         stages: dict[str, Need] = {}
         method, layers, tokens = None, model.num_layers, self.texts.calibration_tokens
         searches = self.auto is not None and self.auto.searches
-        calibrated = self.planned is not None or any(target.activations for target in self.targets)
+        calibrated = self.planned is not None or any(t.activations or t.calibration for t in self.targets)
         if calibrated and self.texts.calibration == SELF:
             ids, text = 8 * self.longest, 8 * self.longest  # bytes: int64 each, and more than a token's text takes
             stages[SAMPLED] = Need(kept=ids + text, memory=sampling_bytes(model, min(CALIBRATION_WINDOW, tokens)))
@@ -280,16 +280,24 @@ class Export(Job):
         name = stem(self.source.name) + (f"-{checkpoint.num_layers}L" if merged else "")
         target = dataclasses.replace(target, options={"file_stem": name, **target.options})
         activations = self._activations(checkpoint) if target.activations else None
+        calibration = torch.from_numpy(self.calibration.ids) if target.calibration else None
         inputs = {
             **self.inputs(checkpoint),
             "target": {"converter": target.converter, "precision": target.precision, "options": dict(target.options)},
             "activations": activations and [activations.calibration, activations.tokens],
+            "calibration": self.calibration.sha256 if target.calibration else None,
         }
 
         def make(folder: Path, pieces: Path) -> None:
             converter = load_converter(target.converter)
             made = converter.convert(
-                checkpoint, target, folder, pieces, activations=activations, progress=self.progress
+                checkpoint,
+                target,
+                folder,
+                pieces,
+                activations=activations,
+                calibration=calibration,
+                progress=self.progress,
             )
             fields = {"path": made.path.name, "files": made.files, "nbytes": made.nbytes, "details": made.details}
             write_json(folder / ARTIFACT, fields)

@@ -43,7 +43,16 @@ SAMPLE_TOKENS = 16
 SAMPLED, CALIBRATION, DEPTH, PARITY = "sampled", "calibration", "depth", "parity"  # stages, besides the checkpoints'
 SAMPLED_IDS, SAMPLED_TEXT = "ids.npy", "text.txt"
 REPORT = "report.json"
-PACKAGES = ("mka-export", "torch", "transformers", "tokenizers", "gguf", "llama-cpp-python", "numpy", "scikit-learn")
+RUNTIME_PACKAGES = {
+    "torch": ("torch",),
+    "llama.cpp": ("llama-cpp-python",),
+    "onnxruntime": ("onnxruntime",),
+    "onnxruntime-genai": ("onnxruntime-genai", "onnxruntime"),
+}
+PACKAGES = (
+    *("mka-export", "torch", "transformers", "tokenizers", "numpy", "scikit-learn"),
+    *("gguf", "llama-cpp-python", "onnx", "onnxruntime", "onnxruntime-genai"),
+)
 
 
 class Job:
@@ -231,7 +240,7 @@ class Job:
         entry: dict[str, Any] = {
             "name": target.name,
             "artifact": self._describe(artifact, files),
-            "runtime": {"name": target.runtime, "device": "", "versions": versions("llama-cpp-python")},
+            "runtime": {"name": target.runtime, "device": "", "versions": versions(*RUNTIME_PACKAGES[target.runtime])},
             "tokenizer": None,
             "samples": [],
         }
@@ -343,5 +352,5 @@ def versions(*packages: str) -> dict[str, str]:
         try:
             found[package] = version(package)
         except PackageNotFoundError:  # a checkout on the path, not installed
-            found[package] = "unknown"
+            found[package] = "not installed"
     return found

@@ -62,7 +62,7 @@ CASES: dict[str, tuple[list[str], str]] = {
     "the short name is unknown": (["llama3-8bb", *MERGE, *TO], "did you mean llama3-8b?"),
     "the output is the model": (["{model}", *MERGE, *TO, "--out", "{model}"], "never written to"),
     "the output is inside the model": (["{model}", *MERGE, *TO, "--out", "{model}/out"], "inside the model"),
-    "what is checked is no artifact": (["check", "{plan}", "--against", "{model}"], "no .gguf file"),
+    "what is checked is no artifact": (["check", "{plan}", "--against", "{model}"], "no .gguf file and no ONNX folder"),
 }
 
 

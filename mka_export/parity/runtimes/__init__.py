@@ -10,10 +10,11 @@ from typing import Protocol, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from mka_export.errors import UsageError, unknown_name
+from mka_export.errors import RuntimeFailure, UsageError, unknown_name
 
 Windows = NDArray[np.int64]  # (windows, tokens): token ids, what the runtime sees and nothing else
 LogProbs = NDArray[np.float32]  # (tokens, vocabulary): natural logarithms
+ONNX_CONFIG = "genai_config.json"  # in every folder that onnxruntime-genai opens
 
 
 class Runtime(Protocol):
@@ -58,6 +59,8 @@ class Runtime(Protocol):
 RUNTIMES = {
     "torch": "mka_export.parity.runtimes.torch_runtime",
     "llama.cpp": "mka_export.parity.runtimes.llama_cpp_runtime",
+    "onnxruntime": "mka_export.parity.runtimes.onnx_runtime",
+    "onnxruntime-genai": "mka_export.parity.runtimes.genai_runtime",
 }
 
 
@@ -66,11 +69,17 @@ def open_runtime(name: str, path: Path, **options: object) -> Runtime:
 
     Raises:
         UsageError: no such runtime.
-        RuntimeFailure: it cannot load the model, or crashes or hangs on it.
+        RuntimeFailure: it is not installed, cannot load the model, or crashes or hangs on it.
     """
     if name not in RUNTIMES:
         raise UsageError(unknown_name("runtime", name, RUNTIMES))
-    opener = import_module(RUNTIMES[name]).open_runtime
+    try:
+        opener = import_module(RUNTIMES[name]).open_runtime
+    except ImportError as error:
+        remedy = (
+            "Install it: pip install 'mka-export[onnx]'." if name.startswith("onnx") else "Install mka-export anew."
+        )
+        raise RuntimeFailure(f"{name} cannot be loaded: {error}", remedy) from error
     if name == "torch":
         return cast(Runtime, opener(path, **options))
     from mka_export.parity.runtimes.isolated import IsolatedRuntime

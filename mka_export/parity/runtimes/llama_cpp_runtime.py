@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 from mka_export.errors import CheckpointError, RuntimeFailure, UsageError
 from mka_export.models.gguf_file import read_gguf
 from mka_export.parity.runtimes import LogProbs, Windows
+from mka_export.parity.runtimes.logits import BATCH, log_softmax, usable_cores
 
-BATCH = 128  # positions whose logits the library holds at a time: 78 MB at a vocabulary of 152 000
 _WARNING, _ERROR, _CONTINUED = 3, 4, 5  # enum ggml_log_level in ggml.h (llama_cpp/_logger.py has others)
 _log: deque[str] = deque(maxlen=8)  # the library's latest warnings and errors
 
@@ -61,7 +61,7 @@ class LlamaCppRuntime:
             read_gguf(path)  # llama.cpp believes some counts that it should not
         except CheckpointError as error:
             raise RuntimeFailure(error.what, error.remedy) from error
-        self.path, self._gpu_layers, self._threads = path, gpu_layers, threads or _usable_cores()
+        self.path, self._gpu_layers, self._threads = path, gpu_layers, threads or usable_cores()
         self.device = f"gpu ({gpu_layers if gpu_layers > 0 else 'all'} layers)" if gpu_layers else "cpu"
         self._model: Any = None
         self._context: Any = None
@@ -202,18 +202,4 @@ def open_runtime(path: Path, *, gpu_layers: int = 0, threads: int | None = None)
 
 def devices() -> list[str]:
     """Return where llama.cpp can compute."""
-    return [f"cpu ({_usable_cores()} threads)", *(["gpu"] if llama_cpp.llama_supports_gpu_offload() else [])]
-
-
-def log_softmax(logits: NDArray[np.float32]) -> None:
-    """Turn each row of ``logits`` (rows, vocabulary) into natural log-probabilities, in place.
-
-    The largest logit is taken off first and the sum is made in float64, so nothing overflows.
-    """
-    logits -= logits.max(axis=1, keepdims=True)
-    total = np.exp(logits).sum(axis=1, keepdims=True, dtype=np.float64)
-    logits -= np.log(total).astype(np.float32)
-
-
-def _usable_cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return [f"cpu ({usable_cores()} threads)", *(["gpu"] if llama_cpp.llama_supports_gpu_offload() else [])]

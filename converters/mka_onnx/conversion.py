@@ -1,0 +1,145 @@
+"""Checkpoint to ONNX: the builder makes the graph, and we make one folder of it for every client."""
+
+from __future__ import annotations
+
+from math import ceil
+from pathlib import Path
+
+import psutil
+from torch import Tensor
+
+from mka_export.errors import ConversionError, MkaError, UnsupportedError
+from mka_export.models.activations import Activations
+from mka_export.models.checkpoint import Checkpoint
+from mka_export.models.outline import Outline
+from mka_export.needs import size
+from mka_export.progress import Progress
+from mka_export.target import Artifact, Target
+from mka_onnx.building import build, require_builder
+from mka_onnx.calibrated import fit_weights
+from mka_onnx.folder import finish
+from mka_onnx.nodes import builder_weights
+from mka_onnx.settings import Options, Precision, builder_options, fitted, read_settings
+from mka_onnx.size import need
+
+# What the builder makes a graph of (its create_model), and we can merge.
+ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM")
+
+
+def check(checkpoint: Checkpoint, target: Target) -> None:
+    """Check that the target's settings are known, the builder is installed, and that it knows the model.
+
+    Raises:
+        ConversionError, UnsupportedError: as ``convert`` would.
+    """
+    if fitted(*read_settings(target)) and not target.calibration:
+        raise ConversionError(
+            f"target {target.name}: algorithm gptq needs the calibration text",
+            "Set calibration = true in the target's file, or another algorithm.",
+        )
+    require_builder()
+    _require_even_blocks(checkpoint, *read_settings(target))
+    name = checkpoint.config["architectures"][0]
+    if name not in ARCHITECTURES:
+        raise UnsupportedError(
+            f"onnxruntime-genai's model builder makes no graph of {name}", f"It does of {', '.join(ARCHITECTURES)}."
+        )
+
+
+def _require_even_blocks(checkpoint: Checkpoint, precision: Precision, options: Options) -> None:
+    """Two zero points of 4 bits share a byte, and ONNX Runtime's quantizer fails where a row has an odd number."""
+    if not precision.quantized or precision.bits != 4 or options.symmetric:
+        return
+    for name, shape in checkpoint.shapes.items():
+        if len(shape) == 2 and ceil(shape[1] / options.block_size) % 2:
+            raise UnsupportedError(
+                f"rows of {name} have an odd number of blocks of {options.block_size} weights, which ONNX Runtime's "
+                "quantizer cannot give zero points",
+                "Set symmetric = true in the target's options, or another block_size.",
+            )
+
+
+def convert(
+    checkpoint: Checkpoint,
+    target: Target,
+    out: Path,
+    pieces: Path,
+    *,
+    activations: Activations | None,
+    calibration: Tensor | None,
+    progress: Progress,
+) -> Artifact:
+    """Turn a checkpoint into one folder, ``<name>-<precision>``, in the existing empty folder ``out``.
+
+    Args:
+        checkpoint: the model, which the builder loads as a whole.
+        target: its ``precision`` is a name in ``settings.PRECISIONS``, its ``options`` those of ``settings.Options``.
+        out: where to write.
+        pieces: not used.
+        activations: not used.
+        calibration: token windows (N, T) that ``algorithm`` gptq fits weights of 4 bits to.
+        progress: told what is going on.
+
+    Returns:
+        the artifact; ``details`` tells ``graph``, ``provider`` and ``warnings``.
+
+    Raises:
+        ConversionError: an option is wrong, the model is damaged, the disk is full, the memory does not suffice.
+        UnsupportedError: the builder does not know the model.
+    """
+    try:
+        return _convert(checkpoint, target, out, calibration, progress)
+    except (ConversionError, UnsupportedError):
+        raise
+    except MkaError as error:
+        raise ConversionError(error.what, error.remedy) from error
+    except OSError as error:
+        raise ConversionError(
+            f"cannot write to {out}: {error.strerror or error}", "Make room, or choose another folder."
+        ) from error
+
+
+def _convert(
+    checkpoint: Checkpoint, target: Target, out: Path, calibration: Tensor | None, progress: Progress
+) -> Artifact:
+    check(checkpoint, target)
+    precision, options = read_settings(target)
+    wanted, free = need(Outline.of_checkpoint(checkpoint), target).memory, psutil.virtual_memory().available
+    if wanted > free:
+        raise ConversionError(
+            f"the builder holds the whole model: about {size(wanted)} of memory, {size(free)} are free",
+            "Close other programs, or convert on a larger machine.",
+        )
+    folder = out / f"{options.file_stem or checkpoint.path.resolve().name}-{target.precision}"
+    (folder / "onnx").mkdir(parents=True)
+    with progress.task(
+        f"build the {target.precision} graph ({size(wanted)} of memory)", checkpoint.num_layers + 1
+    ) as task:
+        tied = checkpoint.head == checkpoint.architecture.tensors["embedding"]
+        build(
+            checkpoint.path,
+            folder,
+            "int4" if precision.quantized else target.precision,
+            options.provider,
+            builder_options(precision, options),
+            builder_weights(precision, options, checkpoint.num_layers, tied) if precision.quantized else None,
+            task,
+        )
+    warnings = finish(folder, checkpoint.path, precision)
+    if fitted(precision, options):
+        assert calibration is not None  # ``check`` looked whether the target asks for it
+        graph = folder / "onnx" / f"model{precision.suffix}.onnx"
+        fit_weights(graph, checkpoint, calibration, progress)
+    for warning in warnings:
+        progress.say(f"  {folder.name}: {warning}")
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return Artifact(
+        path=folder,
+        files=tuple(path.relative_to(out).as_posix() for path in files),
+        nbytes=sum(path.stat().st_size for path in files),
+        details={
+            "graph": f"onnx/model{precision.suffix}.onnx",
+            "provider": options.provider,
+            "warnings": warnings,
+        },
+    )

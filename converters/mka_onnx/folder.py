@@ -1,0 +1,82 @@
+"""The folder that ships: one graph with its weights, opened by onnxruntime-genai, ONNX Runtime and transformers.js."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import onnx
+from onnx import GraphProto, TensorProto
+
+from mka_export.data import load_json
+from mka_export.errors import ConversionError
+from mka_export.models.onnx_file import initializers, read_graph
+from mka_onnx.settings import Precision
+
+GENAI_CONFIG, CONFIG = "genai_config.json", "config.json"
+LARGEST_BUFFER = 2**31 - 1  # bytes: of an ArrayBuffer in browsers, and so of a data file there
+CACHE_WIDTH = "kv_cache_dim"  # the builder's symbol for a head's width
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
+
+
+def finish(folder: Path, source: Path, precision: Precision) -> list[str]:
+    """Make what the builder left in ``folder`` openable by every client; returns warnings.
+
+    - The weights are called as transformers.js looks for them, ``model….onnx_data``, and the graph refers to that name.
+    - The width of the key-value cache is a number: transformers.js takes a symbol there for 0.
+    - ``config.json`` is the checkpoint's, with what transformers.js needs to know.
+
+    Args:
+        source: the checkpoint that it was made from.
+
+    Raises:
+        ConversionError: the builder left something else than it used to.
+    """
+    graph = folder / "onnx" / f"model{precision.suffix}.onnx"
+    built, data = graph.with_name(graph.name + ".data"), graph.with_name(graph.name + "_data")
+    if not graph.is_file():
+        raise ConversionError(
+            f"the builder left no {graph.name}", "This version of onnxruntime-genai is not supported."
+        )
+    config = load_json(folder / GENAI_CONFIG)
+    decoder = config["model"]["decoder"]
+    model = read_graph(graph)
+    _name_cache_width(model.graph, decoder["head_size"])
+    if external := [tensor for tensor in initializers(model.graph) if tensor.data_location == TensorProto.EXTERNAL]:
+        built.rename(data)
+        for tensor in external:
+            _refer(tensor, data.name)
+    onnx.save(model, graph)
+    decoder["filename"] = graph.relative_to(folder).as_posix()
+    decoder["session_options"].pop("log_id", None)
+    _write(folder / GENAI_CONFIG, config)
+    for_browser = {"dtype": precision.dtype, **({"use_external_data_format": True} if external else {})}
+    _write(folder / CONFIG, {**load_json(source / CONFIG), "transformers.js_config": for_browser})
+    for name in (*TOKENIZER_FILES, "generation_config.json"):  # the checkpoint's own, not as they were saved anew
+        (folder / name).unlink(missing_ok=True)
+        if (source / name).is_file():
+            shutil.copyfile(source / name, folder / name)
+    shutil.rmtree(folder / "cache", ignore_errors=True)
+    size = data.stat().st_size if external else 0
+    if size <= LARGEST_BUFFER:
+        return []
+    return [f"{data.name} has {size / 1e9:.1f} GB; a browser holds at most 2.1 GB in one buffer, and will not open it"]
+
+
+def _refer(tensor: TensorProto, name: str) -> None:
+    for entry in tensor.external_data:
+        if entry.key == "location":
+            entry.value = name
+
+
+def _name_cache_width(graph: GraphProto, width: int) -> None:
+    for value in (*graph.input, *graph.output):
+        for dimension in value.type.tensor_type.shape.dim:
+            if dimension.dim_param == CACHE_WIDTH:
+                dimension.dim_value = width
+
+
+def _write(path: Path, contents: Any) -> None:
+    path.write_text(json.dumps(contents, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

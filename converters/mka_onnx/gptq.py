@@ -1,0 +1,128 @@
+"""Rounding that looks at what a matrix is multiplied with: GPTQ (arXiv 2210.17323)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+DAMPING = 0.01  # of the Gram matrix' mean diagonal, added to it (the paper's)
+SHRUNK = [1.0 - 0.04 * i for i in range(9)]  # of a block's range, what its grid may cover
+COLUMNS = 32  # whose errors are carried over one by one; to the others together
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """A matrix in blocks of columns that share a scale: (code − zero) · scale.
+
+    Attributes:
+        codes: (rows, columns) uint8.
+        scales: (rows, blocks) float32.
+        zeros: (rows, blocks) uint8.
+        block: columns in each; the last may be shorter.
+    """
+
+    codes: Tensor
+    scales: Tensor
+    zeros: Tensor
+    block: int
+
+    def dequantize(self) -> Tensor:
+        """Return the matrix, float32."""
+        columns = self.codes.shape[1]
+        scales, zeros = (_spread(each, self.block, columns) for each in (self.scales, self.zeros.float()))
+        return (self.codes.float() - zeros) * scales
+
+
+def quantize(weight: Tensor, gram: Tensor, bits: int, block: int, symmetric: bool) -> Blocks:
+    """Round a matrix W so that Σ ‖(W − Ŵ) x‖² stays small, x the inputs that ``gram`` is of.
+
+    Each column is rounded in turn, the heaviest input's first, and its error made up for by those still to come, as
+    the inverse of the Gram matrix tells (algorithm 1 of the paper). The grids are chosen before, block by block: of a few
+    that cover less than the block's range that of the smallest error, weighted by the inputs' mean squares.
+
+    Args:
+        weight: (rows, columns) float32.
+        gram: mean of x xᵀ: (columns, columns).
+        bits: of a code.
+        block: columns that share a scale.
+        symmetric: zeros are in the middle of the codes' range.
+    """
+    rows, columns = weight.shape
+    importance = gram.diagonal().clone()
+    scales, zeros = _grids(weight, importance, bits, block, symmetric)
+    order = torch.argsort(importance, descending=True, stable=True)
+    every_scale, every_zero = (_spread(each, block, columns).T[order].contiguous() for each in (scales, zeros))
+    left = weight.T[order].contiguous()  # (columns, rows): what each column should still be
+    codes = torch.empty_like(left)
+    factor = _inverse_factor(gram[order][:, order])
+    for start in range(0, columns, COLUMNS):
+        stop = min(start + COLUMNS, columns)
+        errors = torch.empty(stop - start, rows, device=weight.device)
+        for column in range(start, stop):
+            scale, zero = every_scale[column], every_zero[column]
+            codes[column] = (left[column] / scale + zero).round_().clamp_(0, 2**bits - 1)
+            error = (left[column] - (codes[column] - zero) * scale) / factor[column, column]
+            left[column + 1 : stop] -= torch.outer(factor[column, column + 1 : stop], error)
+            errors[column - start] = error
+        left[stop:] -= factor[start:stop, stop:].T @ errors
+    placed = torch.empty_like(codes)
+    placed[order] = codes
+    return Blocks(placed.T.contiguous().to(torch.uint8), scales, zeros.to(torch.uint8), block)
+
+
+def quantize_bytes(rows: int, columns: int) -> int:
+    """Return the memory that ``quantize`` takes at most."""
+    return 4 * 6 * rows * columns + 8 * 4 * columns * columns
+
+
+def _grids(weight: Tensor, importance: Tensor, bits: int, block: int, symmetric: bool) -> tuple[Tensor, Tensor]:
+    """Return scales and zeros, (rows, blocks) float32."""
+    rows, columns = weight.shape
+    padding = -columns % block
+    blocks = torch.nn.functional.pad(weight, (0, padding)).view(rows, -1, block)
+    heavy = torch.nn.functional.pad(importance, (0, padding)).view(1, -1, block)
+    best = scales = zeros = None
+    for share in SHRUNK:
+        scale, zero = _grid(blocks, share, bits, symmetric)
+        wide, middle = scale[..., None], zero[..., None]
+        codes = (blocks / wide + middle).round_().clamp_(0, 2**bits - 1)
+        error = ((codes - middle) * wide - blocks).square_().mul_(heavy).sum(dim=-1)
+        if best is None or scales is None or zeros is None:
+            best, scales, zeros = error, scale, zero
+        else:
+            better = error < best
+            best, scales, zeros = (
+                torch.where(better, new, old) for new, old in ((error, best), (scale, scales), (zero, zeros))
+            )
+    assert scales is not None
+    assert zeros is not None
+    return scales, zeros
+
+
+def _grid(blocks: Tensor, share: float, bits: int, symmetric: bool) -> tuple[Tensor, Tensor]:
+    top = 2**bits - 1
+    if symmetric:  # the largest value, whatever its sign, is the lowest code: one more than there are above the middle
+        extreme = blocks.gather(-1, blocks.abs().argmax(dim=-1, keepdim=True))[..., 0]
+        scale = -share * extreme / 2 ** (bits - 1)
+        zero = torch.full_like(scale, 2 ** (bits - 1))
+    else:
+        low, high = blocks.amin(dim=-1).clamp_max(0) * share, blocks.amax(dim=-1).clamp_min(0) * share
+        scale = (high - low) / top
+        zero = torch.where(scale == 0, 0, -low / scale).round_()
+    return torch.where(scale == 0, 1.0, scale), zero
+
+
+def _inverse_factor(gram: Tensor) -> Tensor:
+    """Return the upper Cholesky factor of the damped matrix' inverse."""
+    damped = gram.double()  # massive activations make it hard on float32
+    damped.diagonal().add_((DAMPING * damped.diagonal().mean()).clamp_min(1e-12))
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))
+    factor: Tensor = torch.linalg.cholesky(inverse, upper=True)
+    return factor.float()
+
+
+def _spread(each: Tensor, block: int, columns: int) -> Tensor:
+    """Repeat a value of each block for all of its columns."""
+    return each.repeat_interleave(block, dim=1)[:, :columns]

@@ -1,0 +1,118 @@
+"""What a target can ask of this converter: a precision, and options."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from pathlib import Path, PureWindowsPath
+
+from mka_export.errors import ConversionError, unknown_name
+from mka_export.target import Target
+
+
+@dataclass(frozen=True)
+class Precision:
+    """A number format of the graph's weights.
+
+    Attributes:
+        dtype: transformers.js' name of it.
+        suffix: of the graph's file name, by which transformers.js finds it.
+        bits: of a weight of a matrix.
+        quantized: the matrices are ``MatMulNBits``, in blocks with a scale.
+    """
+
+    dtype: str
+    suffix: str
+    bits: int
+    quantized: bool = False
+
+
+# The names are the builder's; dtypes and suffixes those of transformers.js (its utils/dtypes.js).
+PRECISIONS = {
+    "fp32": Precision("fp32", "", 32),
+    "fp16": Precision("fp16", "_fp16", 16),
+    "int8": Precision("q8", "_quantized", 8, quantized=True),
+    "int4": Precision("q4", "_q4", 4, quantized=True),
+}
+PROVIDERS = ("cpu", "cuda", "webgpu")
+ALGORITHMS = ("rtn", "k_quant", "gptq")
+MIXED = ("none", "head", "sensitive")
+BLOCKS = (16, 32, 64, 128, 256)
+
+
+@dataclass(frozen=True)
+class Options:
+    """The options of a target that this converter understands.
+
+    Attributes:
+        provider: ONNX Runtime's execution provider that the graph is made for.
+        block_size: how many weights of a row share a scale.
+        symmetric: blocks have no zero point.
+        algorithm: how weights of 4 bits are rounded: ``rtn`` to the nearest, ``k_quant`` with a search for scales, ``gptq``
+            with a look at what they are multiplied with on the calibration text.
+        mixed: which matrices of an int4 graph have 8 bits: ``none``, the ``head``, or the ``sensitive`` ones too: all q, k
+            and v, the MLPs of the first layer and the last two, and down in the first and last eighth and every third layer.
+        file_stem: the folder's name without the precision; if None, the checkpoint folder's.
+    """
+
+    provider: str = "cpu"
+    block_size: int = 32
+    symmetric: bool = False
+    algorithm: str = "gptq"
+    mixed: str = "sensitive"
+    file_stem: str | None = None
+
+
+def read_settings(target: Target) -> tuple[Precision, Options]:
+    """Return the precision and the options that ``target`` asks for.
+
+    Raises:
+        ConversionError: there is no such precision or option, or an option's value cannot be.
+    """
+    if target.precision not in PRECISIONS:
+        raise ConversionError(f"target {target.name}: {unknown_name('precision', target.precision, PRECISIONS)}")
+    known = {field.name for field in fields(Options)}
+    for name in target.options:
+        if name not in known:
+            raise ConversionError(f"target {target.name}: {unknown_name('option', name, known)}")
+    options = Options(**target.options)
+    checks = {
+        "provider": (options.provider in PROVIDERS, f"one of {', '.join(PROVIDERS)}"),
+        "block_size": (_is_block(options.block_size), f"one of {', '.join(map(str, BLOCKS))}"),
+        "symmetric": (isinstance(options.symmetric, bool), "true or false"),
+        "algorithm": (options.algorithm in ALGORITHMS, f"one of {', '.join(ALGORITHMS)}"),
+        "mixed": (isinstance(options.mixed, str) and options.mixed in MIXED, f"one of {', '.join(MIXED)}"),
+        "file_stem": (options.file_stem is None or _is_plain_name(options.file_stem), "a plain file name"),
+    }
+    for name, (valid, wanted) in checks.items():
+        if not valid:
+            raise ConversionError(f"target {target.name}: {name} = {getattr(options, name)!r} is not {wanted}")
+    return PRECISIONS[target.precision], options
+
+
+def fitted(precision: Precision, options: Options) -> bool:
+    """Whether weights are fitted to the calibration text after the builder."""
+    return precision.bits == 4 and options.algorithm == "gptq"
+
+
+def builder_options(precision: Precision, options: Options) -> dict[str, str]:
+    """Return the options in the words of the builder's own parser."""
+    words = {"hf_token": "false", "hf_remote": "false", "filename": f"onnx/model{precision.suffix}.onnx"}
+    if precision.quantized:
+        words |= {
+            "algo_config": "rtn" if options.algorithm == "gptq" else options.algorithm,
+            "block_size": str(options.block_size),
+            "is_symmetric": str(options.symmetric).lower(),
+        }
+    return words
+
+
+def _is_block(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value in BLOCKS
+
+
+def _is_plain_name(value: object) -> bool:
+    return (
+        isinstance(value, str)
+        and value not in ("", ".", "..")
+        and Path(value).name == value == PureWindowsPath(value).name
+    )

@@ -1,0 +1,105 @@
+"""onnxruntime-genai: the folder as the library of Android, iOS and desktop apps opens it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import onnxruntime_genai as genai
+from numpy.typing import NDArray
+
+from mka_export.errors import RuntimeFailure
+from mka_export.parity.runtimes import LogProbs, Windows
+from mka_export.parity.runtimes.logits import BATCH, log_softmax
+from mka_export.parity.runtimes.onnx_folder import OnnxFolder
+
+
+class GenaiRuntime:
+    """A folder in onnxruntime-genai, with its tokenizer and its generator.
+
+    Args:
+        path: the folder.
+
+    Raises:
+        RuntimeFailure: the folder is damaged, or the library cannot load it.
+    """
+
+    name = "onnxruntime-genai"
+    device = "cpu"
+
+    def __init__(self, path: Path) -> None:
+        folder = OnnxFolder.open(path)
+        self.vocab_size, self._path, self._ends = folder.vocab_size, path, folder.ends
+        try:
+            self._model = genai.Model(str(path))
+            self._tokenizer = genai.Tokenizer(self._model)
+        except Exception as error:  # its exceptions share no class
+            raise RuntimeFailure(f"onnxruntime-genai cannot load {path}: {error}", "Make it anew.") from error
+
+    def tokenize(self, text: str) -> list[int]:
+        """Turn text into ids by the library's own tokenizer."""
+        return [int(i) for i in self._tokenizer.encode(text)]
+
+    def detokenize(self, ids: Sequence[int]) -> str:
+        """Turn ids into text by the library's own tokenizer."""
+        return str(self._tokenizer.decode(np.asarray(ids, dtype=np.int32)))
+
+    def log_probs(self, windows: Windows) -> Iterator[LogProbs]:
+        """Yield, window by window, (tokens, vocabulary) log-probabilities; row t is for token t + 1."""
+        for window in windows:
+            generator, out = (
+                self._generator(len(window) + 1),
+                np.empty((len(window), self.vocab_size), dtype=np.float32),
+            )
+            for start in range(0, len(window), BATCH):
+                part = slice(start, start + BATCH)
+                out[part] = self._append(generator, window[part])
+                log_softmax(out[part])
+            yield out
+
+    def generate(self, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> list[list[int]]:
+        """Continue each prompt greedily, up to a token that the folder names as the end of a text."""
+        return [self._continue(prompt, max_new_tokens) for prompt in prompts]
+
+    def close(self) -> None:
+        """Free the model."""
+        del self._tokenizer, self._model
+
+    def _continue(self, prompt: Sequence[int], max_new_tokens: int) -> list[int]:
+        if not len(prompt):
+            raise RuntimeFailure("a prompt has no tokens", "Give at least one.")
+        generator = self._generator(len(prompt) + max_new_tokens)
+        new: list[int] = []
+        generator.append_tokens(np.asarray(prompt, dtype=np.int32))
+        while len(new) < max_new_tokens:
+            generator.generate_next_token()
+            token = int(generator.get_next_tokens()[0])
+            if token in self._ends:
+                break
+            new.append(token)
+        return new
+
+    def _generator(self, tokens: int) -> genai.Generator:
+        params = genai.GeneratorParams(self._model)
+        params.set_search_options(max_length=tokens, do_sample=False)
+        return genai.Generator(self._model, params)
+
+    def _append(self, generator: genai.Generator, ids: NDArray[np.int64]) -> NDArray[np.float32]:
+        if ids.min() < 0 or ids.max() >= self.vocab_size:
+            raise RuntimeFailure(f"{self._path} has {self.vocab_size} tokens; asked for id {ids.max()}")
+        generator.append_tokens(ids.astype(np.int32))
+        logits: NDArray[np.float32] = np.asarray(generator.get_output("logits"), dtype=np.float32)[0]
+        return logits
+
+
+def open_runtime(path: Path, *, device: str = "cpu") -> GenaiRuntime:
+    """Open a folder; arguments and errors are those of ``GenaiRuntime``."""
+    if device != "cpu":
+        raise RuntimeFailure(f"onnxruntime-genai computes where its folder says, not on {device}", "Use the CPU.")
+    return GenaiRuntime(path)
+
+
+def devices() -> list[str]:
+    """Return where onnxruntime-genai can compute."""
+    return ["cpu", *(["cuda"] if genai.is_cuda_available() else [])]

@@ -1,0 +1,122 @@
+"""ONNX Runtime: the graph alone, as an app on a phone that brings its own tokenizer and loop runs it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime
+from numpy.typing import NDArray
+
+from mka_export.errors import RuntimeFailure
+from mka_export.parity.runtimes import LogProbs, Windows
+from mka_export.parity.runtimes.logits import BATCH, log_softmax, usable_cores
+from mka_export.parity.runtimes.onnx_folder import OnnxFolder
+
+DTYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
+PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+
+Cache = dict[str, NDArray[Any]]  # name of a graph's input -> (1, heads, tokens, width)
+
+
+class OnnxRuntime:
+    """A folder's graph in ONNX Runtime.
+
+    The key-value cache that the graph gives back goes in again with the next tokens; a window goes through in pieces of
+    ``BATCH`` tokens. ``tokenize`` is the tokenizer in the folder without BOS and EOS, special tokens parsed.
+
+    Args:
+        path: the folder.
+        device: ``cpu``, or ``cuda`` where onnxruntime-gpu is installed.
+        threads: CPU threads; by default as many as this process may use.
+
+    Raises:
+        RuntimeFailure: the folder is damaged, or ONNX Runtime cannot load the graph.
+    """
+
+    name = "onnxruntime"
+
+    def __init__(self, path: Path, *, device: str = "cpu", threads: int | None = None) -> None:
+        self._folder = OnnxFolder.open(path)
+        self.vocab_size, self.device = self._folder.vocab_size, device
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = threads or usable_cores()
+        options.log_severity_level = 3  # errors
+        provider = PROVIDERS.get(device.partition(":")[0])
+        if provider not in onnxruntime.get_available_providers():
+            raise RuntimeFailure(
+                f"this onnxruntime cannot compute on {device}", "Install onnxruntime-gpu, or use the CPU."
+            )
+        try:
+            self._session = onnxruntime.InferenceSession(self._folder.graph, options, providers=[provider])
+        except Exception as error:  # its exceptions share no class
+            raise RuntimeFailure(f"ONNX Runtime cannot load {self._folder.graph}: {error}", "Make it anew.") from error
+        self._empty = {
+            each.name: np.zeros((1, each.shape[1], 0, each.shape[3]), DTYPES[each.type])
+            for each in self._session.get_inputs()
+            if each.name.startswith("past_key_values.")
+        }
+        self._outputs = ["logits", *(name.replace("past_key_values", "present") for name in self._empty)]
+
+    def tokenize(self, text: str) -> list[int]:
+        """Turn text into ids; see the class."""
+        return self._folder.tokenize(text)
+
+    def detokenize(self, ids: Sequence[int]) -> str:
+        """Turn ids into text, special tokens spelled out."""
+        return self._folder.detokenize(ids)
+
+    def log_probs(self, windows: Windows) -> Iterator[LogProbs]:
+        """Yield, window by window, (tokens, vocabulary) log-probabilities; row t is for token t + 1."""
+        for window in windows:
+            cache, out = self._empty, np.empty((len(window), self.vocab_size), dtype=np.float32)
+            for start in range(0, len(window), BATCH):
+                part = slice(start, start + BATCH)
+                out[part], cache = self._run(window[part], start, cache)
+                log_softmax(out[part])
+            yield out
+
+    def generate(self, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> list[list[int]]:
+        """Continue each prompt greedily, up to a token that the folder names as the end of a text."""
+        return [self._continue(np.asarray(prompt, dtype=np.int64), max_new_tokens) for prompt in prompts]
+
+    def close(self) -> None:
+        """Free the model."""
+        del self._session
+
+    def _continue(self, prompt: NDArray[np.int64], max_new_tokens: int) -> list[int]:
+        if not len(prompt):
+            raise RuntimeFailure("a prompt has no tokens", "Give at least one.")
+        new: list[int] = []
+        logits, cache = self._run(prompt, 0, self._empty)
+        while len(new) < max_new_tokens and (token := int(logits[-1].argmax())) not in self._folder.ends:
+            new.append(token)
+            if len(new) < max_new_tokens:
+                logits, cache = self._run(np.array([token]), len(prompt) + len(new) - 1, cache)
+        return new
+
+    def _run(self, ids: NDArray[np.int64], position: int, cache: Cache) -> tuple[NDArray[np.float32], Cache]:
+        """Run ``ids`` from ``position`` on; returns logits (tokens, vocabulary) and the cache with them."""
+        if ids.min() < 0 or ids.max() >= self.vocab_size:
+            raise RuntimeFailure(f"{self._folder.path} has {self.vocab_size} tokens; asked for id {ids.max()}")
+        mask = np.ones((1, position + len(ids)), dtype=np.int64)
+        try:
+            logits, *present = self._session.run(
+                self._outputs, {"input_ids": ids[None].astype(np.int64), "attention_mask": mask, **cache}
+            )
+        except Exception as error:  # its exceptions share no class
+            raise RuntimeFailure(f"ONNX Runtime cannot run {self._folder.graph}: {error}") from error
+        return logits[0].astype(np.float32), dict(zip(self._empty, present, strict=True))
+
+
+def open_runtime(path: Path, *, device: str = "cpu", threads: int | None = None) -> OnnxRuntime:
+    """Open a folder; arguments and errors are those of ``OnnxRuntime``."""
+    return OnnxRuntime(path, device=device, threads=threads)
+
+
+def devices() -> list[str]:
+    """Return where ONNX Runtime can compute."""
+    found = onnxruntime.get_available_providers()
+    return [device for device, provider in PROVIDERS.items() if provider in found]

@@ -1,0 +1,142 @@
+"""Rounding against its definition, and what is written against what ONNX Runtime computes."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from mka_onnx.gptq import DAMPING, Blocks, quantize
+from mka_onnx.nbits import quantized_matrices
+from mka_onnx.nodes import MATRICES
+from transformers import AutoModelForCausalLM
+
+from mka_export.models.checkpoint import Checkpoint
+from mka_export.models.onnx_file import read_graph
+from mka_export.parity.runtimes.onnx_runtime import OnnxRuntime
+
+RANDOM = torch.Generator().manual_seed(3)
+
+
+def normal(*shape: int) -> torch.Tensor:
+    return torch.randn(*shape, generator=RANDOM)
+
+
+def gram_of(inputs: torch.Tensor) -> torch.Tensor:
+    return inputs.T @ inputs / len(inputs)
+
+
+def nearest(weight: torch.Tensor, blocks: Blocks, bits: int) -> torch.Tensor:
+    """Round every weight to the nearest code of its block's grid."""
+    scales, zeros = (
+        each.repeat_interleave(blocks.block, 1)[:, : weight.shape[1]] for each in (blocks.scales, blocks.zeros)
+    )
+    return (weight / scales + zeros).round().clamp(0, 2**bits - 1)
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_independent_inputs_leave_nothing_to_make_up_for(bits, symmetric):
+    weight, gram = normal(24, 80), torch.diag(torch.rand(80, generator=RANDOM) + 0.1)
+    blocks = quantize(weight, gram, bits, 32, symmetric)
+    torch.testing.assert_close(blocks.codes.float(), nearest(weight, blocks, bits))
+    assert blocks.scales.shape == (24, 3)
+    if symmetric:
+        assert (blocks.zeros == 2 ** (bits - 1)).all()
+    step = blocks.scales.abs().repeat_interleave(32, 1)[:, :80]
+    assert ((blocks.dequantize() - weight).abs() <= 0.51 * step).float().mean() > 0.9  # the others are clipped
+
+
+def one_by_one(weight: torch.Tensor, gram: torch.Tensor, blocks: Blocks, bits: int) -> torch.Tensor:
+    """Optimal brain quantization in a fixed order, by its definition: after each column the inverse without it."""
+    hessian = gram.double() + DAMPING * gram.diagonal().mean().double() * torch.eye(len(gram), dtype=torch.float64)
+    left, codes = weight.double().clone(), torch.zeros_like(weight)
+    order = torch.argsort(gram.diagonal(), descending=True, stable=True).tolist()
+    for done, column in enumerate(order):
+        rest = order[done:]
+        inverse = torch.linalg.inv(hessian[rest][:, rest])
+        codes[:, column] = nearest(left.float(), blocks, bits)[:, column]
+        scale, zero = (each[:, column // blocks.block] for each in (blocks.scales, blocks.zeros))
+        error = left[:, column] - ((codes[:, column] - zero) * scale).double()
+        left[:, rest] -= torch.outer(error, inverse[0]) / inverse[0, 0]
+    return codes
+
+
+def test_it_is_optimal_brain_quantization_in_order_of_the_inputs_weight():
+    inputs = normal(300, 70) @ (torch.eye(70) + 0.4 * normal(70, 70)) * torch.linspace(0.2, 3, 70)
+    weight, gram = normal(16, 70), gram_of(inputs)
+    blocks = quantize(weight, gram, 4, 32, False)
+    same = (blocks.codes.float() == one_by_one(weight, gram, blocks, 4)).float().mean()
+    assert same > 0.99  # a value in the middle between two codes falls to either side
+
+
+def test_it_loses_less_than_rounding_to_the_nearest():
+    inputs = normal(2000, 128) @ (torch.eye(128) + 0.3 * normal(128, 128))
+    weight = normal(64, 128)
+    blocks = quantize(weight, gram_of(inputs), 4, 32, False)
+    plain = Blocks(nearest(weight, blocks, 4).to(torch.uint8), blocks.scales, blocks.zeros, 32)
+    lost, lost_plain = (((b.dequantize() - weight) @ inputs.T).square().sum() for b in (blocks, plain))
+    assert lost < 0.6 * lost_plain
+
+
+def test_inputs_that_are_always_zero_do_no_harm():
+    inputs = normal(100, 64)
+    inputs[:, 5] = 0
+    weight = normal(8, 64)
+    weight[3] = 0
+    blocks = quantize(weight, gram_of(inputs), 4, 32, False)
+    assert blocks.dequantize().isfinite().all()
+    assert (blocks.dequantize()[3] == 0).all()
+
+
+@pytest.mark.parametrize("options", [{}, {"symmetric": True, "mixed": "none"}])
+def test_the_runtime_computes_with_what_was_fitted(options, pico_llama, convert_to):
+    """Every matrix of the folder, put into the model in transformers, gives what ONNX Runtime gives for the folder."""
+    made = convert_to(pico_llama, "int4", **options).path
+    checkpoint, graph = Checkpoint.open(pico_llama), made / "onnx" / "model_q4.onnx"
+    model = AutoModelForCausalLM.from_pretrained(pico_llama, dtype=torch.float32)
+    weights, head = model.state_dict(), None
+    for matrix in quantized_matrices(read_graph(graph), graph.parent):
+        values = matrix.read().dequantize()
+        if matrix.name.startswith("/lm_head"):
+            head = values
+            weights["model.embed_tokens.weight"].copy_(head)  # the graph has it once
+            continue
+        _, _, layers, node = matrix.name.removesuffix(f"/MatMul_Q{matrix.bits}").split("/", 3)
+        names = [
+            checkpoint.architecture.layer_name(int(layers.partition(".")[2]), checkpoint.architecture.layer[role])
+            for role in MATRICES[node]
+        ]
+        for name, part in zip(names, values.split([len(weights[name]) for name in names]), strict=True):
+            assert 0 < (part - weights[name]).norm() < 0.2 * weights[name].norm()
+            weights[name].copy_(part)
+    ids = np.random.default_rng(2).integers(3, 640, (1, 60))
+    with torch.no_grad():
+        states = model.model(torch.from_numpy(ids)).last_hidden_state
+        expected = torch.log_softmax(states @ head.T, dim=-1)[0].numpy()
+    (found,) = OnnxRuntime(made).log_probs(ids)
+    kl = (np.exp(expected) * (expected - found)).sum(axis=-1).mean()
+    assert kl < 0.002  # it rounds what goes into a matrix to 8 bits
+    assert (expected.argmax(-1) == found.argmax(-1)).mean() > 0.9
+
+
+def test_what_is_written_is_read(pico_llama, convert_to, tmp_path):
+    made = convert_to(pico_llama, "int4").path / "onnx"
+    for name in ("model_q4.onnx", "model_q4.onnx_data"):
+        (tmp_path / name).write_bytes((made / name).read_bytes())
+    model = read_graph(tmp_path / "model_q4.onnx")
+    for matrix in quantized_matrices(model, tmp_path):
+        blocks = matrix.read()
+        changed = Blocks(
+            torch.randint_like(blocks.codes, 2**matrix.bits),
+            blocks.scales * 2,
+            torch.randint_like(blocks.zeros, 2**matrix.bits),
+            blocks.block,
+        )
+        matrix.write(changed)
+        again = matrix.read()
+        assert torch.equal(again.codes, changed.codes)
+        assert torch.equal(again.scales, changed.scales)
+        assert torch.equal(again.zeros, changed.zeros)
+    onnx.save(model, tmp_path / "model_q4.onnx")
+    onnx.load(tmp_path / "model_q4.onnx")

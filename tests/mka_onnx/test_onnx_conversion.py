@@ -1,0 +1,193 @@
+"""Whole conversions: what comes out computes what went in, in both of its runtimes."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from mka_onnx import building, check, conversion, need
+from mka_onnx.settings import PRECISIONS
+from onnx_tools import target
+from pico import make_pico
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from mka_export.errors import ConversionError, RuntimeFailure, UnsupportedError
+from mka_export.models.checkpoint import Checkpoint
+from mka_export.models.outline import Outline
+from mka_export.parity.runtimes import open_runtime
+from mka_export.parity.runtimes.genai_runtime import GenaiRuntime
+from mka_export.parity.runtimes.onnx_runtime import OnnxRuntime
+
+IDS = np.random.default_rng(11).integers(3, 640, (2, 200))  # longer than a batch of logits, and no multiple of it
+RUNTIMES = [OnnxRuntime, GenaiRuntime]
+
+
+@pytest.fixture(params=["pico_llama", "pico_qwen2"])
+def pico(request: pytest.FixtureRequest) -> Path:
+    path: Path = request.getfixturevalue(request.param)
+    return path
+
+
+@torch.no_grad()
+def reference(folder: Path) -> np.ndarray:
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    return torch.log_softmax(model(torch.from_numpy(IDS)).logits, dim=-1).numpy()
+
+
+@pytest.mark.parametrize("runtime", RUNTIMES)
+def test_float32_computes_the_same(pico, runtime, convert_to):
+    found = np.stack(list(runtime(convert_to(pico, "fp32").path).log_probs(IDS)))
+    np.testing.assert_allclose(found, reference(pico), atol=1e-4)
+
+
+@pytest.mark.parametrize(("precision", "agreement"), [("int8", 0.9), ("int4", 0.6)])
+def test_quantized_computes_about_the_same(precision, agreement, pico_llama, convert_to):
+    found = np.stack(list(OnnxRuntime(convert_to(pico_llama, precision).path).log_probs(IDS)))
+    assert np.isfinite(found).all()
+    assert (found.argmax(-1) == reference(pico_llama).argmax(-1)).mean() > agreement
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("runtime", RUNTIMES)
+def test_generation_is_that_of_transformers(runtime, pico_llama, convert_to):
+    model, opened = AutoModelForCausalLM.from_pretrained(pico_llama), runtime(convert_to(pico_llama, "fp32").path)
+    for prompt in (IDS[0, :9], IDS[1, :30], IDS[1, :1]):
+        made = model.generate(torch.from_numpy(prompt[None]), max_new_tokens=12, do_sample=False)
+        expected = [i for i in made[0, len(prompt) :].tolist() if i != 2]  # the end of a turn
+        assert opened.generate([prompt.tolist()], 12) == [expected]
+
+
+@pytest.mark.parametrize("runtime", RUNTIMES)
+def test_token_ids_are_the_same(runtime, pico, convert_to):
+    opened, tokenizer = runtime(convert_to(pico, "fp32").path), AutoTokenizer.from_pretrained(pico)
+    for text in (
+        "The quick brown fox, 12345 times.",
+        "def f(x):\n\treturn x\n\n",
+        "naïve 日本語 🚀",
+        "<|im_start|>user\nHi",
+    ):
+        assert opened.tokenize(text) == tokenizer.encode(text, add_special_tokens=False), text
+
+
+def test_the_folder_is_what_every_client_looks_for(pico_llama, convert_to):
+    made = convert_to(pico_llama, "int4")
+    assert made.path.name == "pico-llama-int4"
+    there = {path.relative_to(made.path.parent).as_posix() for path in made.path.rglob("*") if path.is_file()}
+    assert there == set(made.files)
+    assert {"pico-llama-int4/onnx/model_q4.onnx", "pico-llama-int4/onnx/model_q4.onnx_data"} <= there
+    assert made.nbytes == sum((made.path.parent / name).stat().st_size for name in made.files)
+    genai = json.loads((made.path / "genai_config.json").read_text())
+    assert genai["model"]["decoder"]["filename"] == "onnx/model_q4.onnx"
+    config = json.loads((made.path / "config.json").read_text())
+    assert config["transformers.js_config"] == {"dtype": "q4", "use_external_data_format": True}
+    graph = onnx.load(made.path / "onnx" / "model_q4.onnx", load_external_data=False).graph
+    caches = [value for value in (*graph.input, *graph.output) if "." in value.name]
+    assert caches
+    width = json.loads((pico_llama / "config.json").read_text())["head_dim"]
+    assert all(value.type.tensor_type.shape.dim[3].dim_value == width for value in caches)
+    assert (made.path / "tokenizer.json").read_bytes() == (pico_llama / "tokenizer.json").read_bytes()
+
+
+def test_the_size_is_known_beforehand(pico, convert_to):
+    for precision in PRECISIONS.keys() - {"fp16"}:
+        expected = need(Outline.of_checkpoint(Checkpoint.open(pico)), target(precision)).kept
+        assert convert_to(pico, precision).nbytes <= expected
+
+
+@pytest.mark.parametrize(
+    ("precision", "options", "message"),
+    [
+        ("int5", {}, "unknown precision .int5.: did you mean int8"),
+        ("int4", {"blocksize": 32}, "unknown option 'blocksize': did you mean block_size"),
+        ("int4", {"block_size": 33}, "block_size = 33 is not one of 16, 32"),
+        ("int4", {"symmetric": "yes"}, "symmetric = 'yes' is not true or false"),
+        ("int4", {"mixed": []}, r"mixed = \[\] is not one of none"),
+        ("int4", {"file_stem": "../x"}, "is not a plain file name"),
+    ],
+)
+def test_what_cannot_be_is_said(precision, options, message, pico_llama):
+    with pytest.raises(ConversionError, match=message):
+        check(Checkpoint.open(pico_llama), target(precision, **options))
+
+
+def test_too_little_memory_is_said_before_it_starts(pico_llama, tmp_path, monkeypatch):
+    free = type("Memory", (), {"available": 1000})
+    monkeypatch.setattr(conversion.psutil, "virtual_memory", lambda: free)
+    monkeypatch.setattr(conversion, "build", None)
+    with pytest.raises(
+        ConversionError, match=r"the builder holds the whole model: about .* of memory, 0.0 MB are free"
+    ):
+        conversion.convert(
+            Checkpoint.open(pico_llama),
+            target("int4"),
+            tmp_path,
+            tmp_path,
+            activations=None,
+            calibration=None,
+            progress=None,
+        )
+
+
+def test_rows_that_the_quantizer_cannot_cut_are_said(tmp_path, pico_llama):
+    odd = Checkpoint.open(make_pico(tmp_path / "odd", "llama"))  # 160 columns: five blocks of 32
+    with pytest.raises(UnsupportedError, match=r"down_proj\.weight have an odd number of blocks of 32 weights"):
+        check(odd, target("int4"))
+    check(odd, target("int4", symmetric=True))
+    check(odd, target("int8"))
+    with pytest.raises(ConversionError, match="gptq needs the calibration text"):
+        check(Checkpoint.open(pico_llama), replace(target("int4"), calibration=False))
+
+
+def test_a_missing_builder_is_said(pico_llama, monkeypatch):
+    monkeypatch.setattr(building, "find_spec", lambda name: None if name == "onnxscript" else 1)
+    with pytest.raises(ConversionError, match=r"ONNX needs onnxscript, .*pip install 'mka-export\[onnx\]'"):
+        check(Checkpoint.open(pico_llama), target("int4"))
+
+
+def elsewhere(graph: Path, name: str) -> None:
+    model = onnx.load(graph, load_external_data=False)
+    for tensor in model.graph.initializer:
+        for entry in tensor.external_data:
+            if entry.key == "location":
+                entry.value = name
+    onnx.save(model, graph)
+
+
+@pytest.mark.parametrize("kind", ["path", "absolute", "symlink", "hardlink", "missing"])
+def test_weights_outside_of_the_folder_are_refused(kind, pico_llama, convert_to, tmp_path):
+    folder = shutil.copytree(convert_to(pico_llama, "fp32").path, tmp_path / "folder")
+    graph, data = folder / "onnx" / "model.onnx", folder / "onnx" / "model.onnx_data"
+    other = shutil.move(data, tmp_path / "other")
+    if kind == "path":
+        elsewhere(graph, "../../other")
+    elif kind == "absolute":
+        elsewhere(graph, str(other))
+    elif kind == "symlink":
+        data.symlink_to(other)
+    elif kind == "hardlink":
+        data.hardlink_to(other)
+    with pytest.raises(RuntimeFailure, match=r"which is no file of its own beside it"):
+        open_runtime("onnxruntime", folder)
+
+
+def test_a_graph_outside_of_the_folder_is_refused(pico_llama, convert_to, tmp_path):
+    folder = shutil.copytree(convert_to(pico_llama, "fp32").path, tmp_path / "folder")
+    config = json.loads((folder / "genai_config.json").read_text())
+    config["model"]["decoder"]["filename"] = "../model.onnx"
+    (folder / "genai_config.json").write_text(json.dumps(config))
+    with pytest.raises(RuntimeFailure, match=r"names a graph outside of its folder: \.\./model\.onnx"):
+        open_runtime("onnxruntime-genai", folder)
+
+
+@pytest.mark.parametrize("damage", [b"", b"\xff" * 50, b"{}"])
+def test_a_damaged_graph_is_one_line(damage, pico_llama, convert_to, tmp_path):
+    folder = shutil.copytree(convert_to(pico_llama, "fp32").path, tmp_path / "folder")
+    (folder / "onnx" / "model.onnx").write_bytes(damage)
+    with pytest.raises(RuntimeFailure, match=r"model\.onnx"):
+        open_runtime("onnxruntime", folder)

@@ -1,0 +1,73 @@
+"""ONNX as a user types it: beside GGUF from one merge, checked, and where its packages are missing."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner, Result
+from mka_onnx import building
+
+from mka_export.cli import main
+
+SMALL = ["--windows", "4", "--window-tokens", "64", "--calibration-tokens", "512", "--device", "cpu", "--quiet"]
+LOOSE = ["--max-ppl-ratio", "50"]
+
+
+def type_in(*arguments: object) -> Result:
+    return CliRunner().invoke(main, [str(a) for a in arguments])
+
+
+@pytest.fixture(scope="module")
+def done(pico_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Result]:
+    model = Path(shutil.copytree(pico_llama, tmp_path_factory.mktemp("job") / "pico"))
+    out = model.parent / "out"
+    merge = ["--ratio", "0.2", "--protect", "1", "--to", "gguf-f16", "--to", "onnx-fp32", "--to", "onnx-int8"]
+    return model, out, type_in(model, *merge, "--out", out, *SMALL, *LOOSE, "--json")
+
+
+def test_both_formats_come_from_one_merge_and_are_measured_in_their_runtimes(done):
+    _, out, result = done
+    assert result.exit_code in (0, 4), result.output
+    gguf, fp32, int8 = json.loads(result.stdout)["targets"]
+    assert [t["runtime"]["name"] for t in (gguf, fp32, int8)] == ["llama.cpp", "onnxruntime", "onnxruntime"]
+    assert set(fp32["runtime"]["versions"]) == {"onnxruntime"}
+    assert fp32["comparisons"]["conversion"]["kl"]["mean"] < 1e-6
+    assert fp32["comparisons"]["conversion"]["kl"]["mean"] < int8["comparisons"]["conversion"]["kl"]["mean"] < 0.01
+    assert fp32["tokenizer"]["identical"]
+    assert all(sample["artifact"] for sample in fp32["samples"])
+    assert (out / "onnx-int8" / "pico-5L-int8" / "onnx" / "model_quantized.onnx").is_file()
+    assert type_in("verify", out, "--quiet").exit_code == 0
+
+
+def test_anybodys_folder_is_checked(done, tmp_path):
+    model, out, _ = done
+    foreign = shutil.copytree(out / "onnx-fp32" / "pico-5L-fp32", tmp_path / "someone-elses")
+    result = type_in("check", foreign, "--against", model, *SMALL, *LOOSE, "--json")
+    assert result.exit_code in (0, 4), result.output
+    (target,) = json.loads(result.stdout)["targets"]
+    files = {file["path"] for file in target["artifact"]["files"]}
+    assert {"someone-elses/genai_config.json", "someone-elses/onnx/model.onnx_data"} <= files
+
+
+def test_missing_packages_are_said_before_any_work(done, tmp_path, monkeypatch):
+    monkeypatch.setattr(building, "find_spec", lambda name: None)
+    result = type_in(done[0], "--ratio", "0.2", "--to", "onnx-int4", "--out", tmp_path / "out", *SMALL)
+    assert result.exit_code == 1
+    assert "ONNX needs onnxruntime_genai, which is not installed" in result.stderr
+    assert "pip install 'mka-export[onnx]'" in result.stderr
+    assert not (tmp_path / "out" / "merged").exists()
+
+
+def test_a_missing_runtime_is_one_line(done, monkeypatch):
+    model, out, _ = done
+    monkeypatch.delitem(sys.modules, "mka_export.parity.runtimes.onnx_runtime", raising=False)
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    result = type_in("check", out / "onnx-fp32" / "pico-5L-fp32", "--against", model, *SMALL, "--json")
+    assert result.exit_code == 3
+    (target,) = json.loads(result.stdout)["targets"]
+    assert "onnxruntime cannot be loaded" in target["error"]
+    assert "pip install 'mka-export[onnx]'" in target["error"]
