@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PretrainedConfig
 
+from mka_export.converting import conversion_errors
 from mka_export.errors import ConversionError, MkaError, UnsupportedError
 from mka_export.models.activations import Activations
 from mka_export.models.checkpoint import Checkpoint
@@ -67,16 +68,8 @@ def convert(
         ConversionError: an option is wrong, the model is damaged, the disk is full, too much falls back.
         UnsupportedError: the model has something that GGUF or llama.cpp has no counterpart for.
     """
-    try:
+    with conversion_errors(out):
         return _convert(checkpoint, target, out, pieces, activations, progress)
-    except (ConversionError, UnsupportedError):
-        raise
-    except MkaError as error:
-        raise ConversionError(error.what, error.remedy) from error
-    except OSError as error:
-        raise ConversionError(
-            f"cannot write to {out}: {error.strerror or error}", "Make room, or choose another folder."
-        ) from error
 
 
 def _convert(

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
-from pathlib import Path, PureWindowsPath
+from dataclasses import dataclass
 
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, LlamaFileType
 
-from mka_export.errors import ConversionError, unknown_name
+from mka_export.converting import is_plain_name, options_of, precision_of, require_valid
 from mka_export.target import Target
 
 
@@ -73,31 +72,15 @@ def read_settings(target: Target) -> tuple[Precision, Options]:
     Raises:
         ConversionError: there is no such precision or option, or an option's value cannot be.
     """
-    if target.precision not in PRECISIONS:
-        raise ConversionError(f"target {target.name}: {unknown_name('precision', target.precision, PRECISIONS)}")
-    known = {field.name for field in fields(Options)}
-    for name in target.options:
-        if name not in known:
-            raise ConversionError(f"target {target.name}: {unknown_name('option', name, known)}")
-    options = Options(**target.options)
+    precision, options = precision_of(target, PRECISIONS), options_of(target, Options)
     checks = {
         "imatrix": (options.imatrix is None or isinstance(options.imatrix, bool), "true or false"),
         "max_fallback": (options.max_fallback is None or _is_share(options.max_fallback), "a share from 0 to 1"),
-        "file_stem": (options.file_stem is None or _is_plain_name(options.file_stem), "a plain file name"),
+        "file_stem": (options.file_stem is None or is_plain_name(options.file_stem), "a plain file name"),
     }
-    for name, (valid, wanted) in checks.items():
-        if not valid:
-            raise ConversionError(f"target {target.name}: {name} = {getattr(options, name)!r} is not {wanted}")
-    return PRECISIONS[target.precision], options
+    require_valid(target, options, checks)
+    return precision, options
 
 
 def _is_share(value: object) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value <= 1
-
-
-def _is_plain_name(value: object) -> bool:
-    return (
-        isinstance(value, str)
-        and value not in ("", ".", "..")
-        and Path(value).name == value == PureWindowsPath(value).name
-    )

@@ -15,6 +15,7 @@ from mka_export.child import Child
 from mka_export.errors import ConversionError
 from mka_export.progress import Task
 
+PROVIDER = "cpu"  # whose operators the graph is made of
 INSTALL = "Install it: pip install 'mka-export[onnx]'."
 LAYER = "Reading layer"  # what the builder prints before each
 SAVE = "Saving ONNX model"
@@ -24,7 +25,6 @@ def build(
     source: Path,
     out: Path,
     precision: str,
-    provider: str,
     options: Mapping[str, str],
     weights: Mapping[str, Any] | None,
     task: Task,
@@ -33,7 +33,6 @@ def build(
 
     Args:
         precision: the builder's name of a number format.
-        provider: an execution provider.
         options: the builder's extra options.
         weights: its ``quant_config.weights``, where these are to be quantized.
         task: advanced once a layer, and once when the graph is being saved.
@@ -42,9 +41,7 @@ def build(
         ConversionError: the builder is not installed or fails; the message carries its last words.
         RuntimeFailure: it crashes, hangs, or is killed for want of memory.
     """
-    with Child(
-        "onnxruntime-genai's model builder", _build, source, out, precision, provider, dict(options), weights
-    ) as child:
+    with Child("onnxruntime-genai's model builder", _build, source, out, precision, dict(options), weights) as child:
         while (line := child.receive()) is not None:
             if line.startswith((LAYER, SAVE)):
                 task.advance()
@@ -56,7 +53,6 @@ def _build(
     source: Path,
     out: Path,
     precision: str,
-    provider: str,
     options: dict[str, str],
     weights: Mapping[str, Any] | None,
 ) -> None:
@@ -72,9 +68,9 @@ def _build(
     structured = {"quant_config": {"weights": weights}} if weights else None
     try:
         parsed = builder.parse_extra_options(
-            "", str(source), str(out), precision, provider, str(cache), words, target_options=structured
+            "", str(source), str(out), precision, PROVIDER, str(cache), words, target_options=structured
         )
-        builder.create_model("", str(source), str(out), precision, provider, str(cache), **parsed)
+        builder.create_model("", str(source), str(out), precision, PROVIDER, str(cache), **parsed)
     except MemoryError:
         raise
     except Exception as error:

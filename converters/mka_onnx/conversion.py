@@ -8,14 +8,15 @@ from pathlib import Path
 import psutil
 from torch import Tensor
 
-from mka_export.errors import ConversionError, MkaError, UnsupportedError
+from mka_export.converting import conversion_errors
+from mka_export.errors import ConversionError, UnsupportedError
 from mka_export.models.activations import Activations
 from mka_export.models.checkpoint import Checkpoint
 from mka_export.models.outline import Outline
 from mka_export.needs import size
 from mka_export.progress import Progress
 from mka_export.target import Artifact, Target
-from mka_onnx.building import build, require_builder
+from mka_onnx.building import PROVIDER, build, require_builder
 from mka_onnx.calibrated import fit_weights
 from mka_onnx.folder import finish
 from mka_onnx.nodes import builder_weights
@@ -87,16 +88,8 @@ def convert(
         ConversionError: an option is wrong, the model is damaged, the disk is full, the memory does not suffice.
         UnsupportedError: the builder does not know the model.
     """
-    try:
+    with conversion_errors(out):
         return _convert(checkpoint, target, out, calibration, progress)
-    except (ConversionError, UnsupportedError):
-        raise
-    except MkaError as error:
-        raise ConversionError(error.what, error.remedy) from error
-    except OSError as error:
-        raise ConversionError(
-            f"cannot write to {out}: {error.strerror or error}", "Make room, or choose another folder."
-        ) from error
 
 
 def _convert(
@@ -120,7 +113,6 @@ def _convert(
             checkpoint.path,
             folder,
             "int4" if precision.quantized else target.precision,
-            options.provider,
             builder_options(precision, options),
             builder_weights(precision, options, checkpoint.num_layers, tied) if precision.quantized else None,
             task,
@@ -139,7 +131,7 @@ def _convert(
         nbytes=sum(path.stat().st_size for path in files),
         details={
             "graph": f"onnx/model{precision.suffix}.onnx",
-            "provider": options.provider,
+            "provider": PROVIDER,
             "warnings": warnings,
         },
     )

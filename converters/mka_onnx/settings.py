@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
-from pathlib import Path, PureWindowsPath
+from dataclasses import dataclass
 
-from mka_export.errors import ConversionError, unknown_name
+from mka_export.converting import is_plain_name, options_of, precision_of, require_valid
 from mka_export.target import Target
 
 
@@ -33,7 +32,6 @@ PRECISIONS = {
     "int8": Precision("q8", "_quantized", 8, quantized=True),
     "int4": Precision("q4", "_q4", 4, quantized=True),
 }
-PROVIDERS = ("cpu", "cuda", "webgpu")
 ALGORITHMS = ("rtn", "k_quant", "gptq")
 MIXED = ("none", "head", "sensitive")
 BLOCKS = (16, 32, 64, 128, 256)
@@ -44,7 +42,6 @@ class Options:
     """The options of a target that this converter understands.
 
     Attributes:
-        provider: ONNX Runtime's execution provider that the graph is made for.
         block_size: how many weights of a row share a scale.
         symmetric: blocks have no zero point.
         algorithm: how weights of 4 bits are rounded: ``rtn`` to the nearest, ``k_quant`` with a search for scales, ``gptq``
@@ -54,7 +51,6 @@ class Options:
         file_stem: the folder's name without the precision; if None, the checkpoint folder's.
     """
 
-    provider: str = "cpu"
     block_size: int = 32
     symmetric: bool = False
     algorithm: str = "gptq"
@@ -68,25 +64,16 @@ def read_settings(target: Target) -> tuple[Precision, Options]:
     Raises:
         ConversionError: there is no such precision or option, or an option's value cannot be.
     """
-    if target.precision not in PRECISIONS:
-        raise ConversionError(f"target {target.name}: {unknown_name('precision', target.precision, PRECISIONS)}")
-    known = {field.name for field in fields(Options)}
-    for name in target.options:
-        if name not in known:
-            raise ConversionError(f"target {target.name}: {unknown_name('option', name, known)}")
-    options = Options(**target.options)
+    precision, options = precision_of(target, PRECISIONS), options_of(target, Options)
     checks = {
-        "provider": (options.provider in PROVIDERS, f"one of {', '.join(PROVIDERS)}"),
         "block_size": (_is_block(options.block_size), f"one of {', '.join(map(str, BLOCKS))}"),
         "symmetric": (isinstance(options.symmetric, bool), "true or false"),
         "algorithm": (options.algorithm in ALGORITHMS, f"one of {', '.join(ALGORITHMS)}"),
         "mixed": (isinstance(options.mixed, str) and options.mixed in MIXED, f"one of {', '.join(MIXED)}"),
-        "file_stem": (options.file_stem is None or _is_plain_name(options.file_stem), "a plain file name"),
+        "file_stem": (options.file_stem is None or is_plain_name(options.file_stem), "a plain file name"),
     }
-    for name, (valid, wanted) in checks.items():
-        if not valid:
-            raise ConversionError(f"target {target.name}: {name} = {getattr(options, name)!r} is not {wanted}")
-    return PRECISIONS[target.precision], options
+    require_valid(target, options, checks)
+    return precision, options
 
 
 def fitted(precision: Precision, options: Options) -> bool:
@@ -108,11 +95,3 @@ def builder_options(precision: Precision, options: Options) -> dict[str, str]:
 
 def _is_block(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value in BLOCKS
-
-
-def _is_plain_name(value: object) -> bool:
-    return (
-        isinstance(value, str)
-        and value not in ("", ".", "..")
-        and Path(value).name == value == PureWindowsPath(value).name
-    )

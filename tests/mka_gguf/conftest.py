@@ -41,7 +41,8 @@ def convert_to(tmp_path: Path) -> Convert:
         pieces = tmp_path / f"pieces-{made}"
         pieces.mkdir()
         quiet = Progress(quiet=True)
-        return convert(Checkpoint.open(folder), target, out, pieces, activations=activations, progress=quiet)
+        checkpoint = Checkpoint.open(folder)
+        return convert(checkpoint, target, out, pieces, activations=activations, calibration=None, progress=quiet)
 
     return run
 
