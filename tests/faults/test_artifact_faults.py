@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from fault_tools import DONE, LOOSE, MERGE, SMALL, contents, type_in
+from onnx import TensorProto, helper, save
 
 FALLBACK = [*MERGE, "--to", "gguf-q4", *SMALL, *LOOSE]
 
@@ -68,6 +71,53 @@ def test_survived_hostile_chat_template(model, tmp_path):
     (gguf,) = (out / "gguf-q8").glob("*.gguf")
     assert b"__subclasses__" in gguf.read_bytes()
     assert not witness.exists()
+
+
+def onnx_folder(folder: Path, data: str) -> Path:
+    """Write a graph that says its weights are in the file ``data``."""
+    weights = TensorProto(name="w", dims=[4], data_type=TensorProto.FLOAT, data_location=TensorProto.EXTERNAL)
+    weights.external_data.add(key="location", value=data)
+    result = helper.make_tensor_value_info("y", TensorProto.FLOAT, [4])
+    graph = helper.make_graph([helper.make_node("Identity", ["w"], ["y"])], "g", [], [result], [weights])
+    (folder / "onnx").mkdir(parents=True)
+    save(helper.make_model(graph), folder / "onnx" / "model.onnx")
+    config = {"model": {"vocab_size": 640, "decoder": {"filename": "onnx/model.onnx"}}}
+    (folder / "genai_config.json").write_text(json.dumps(config))
+    return folder
+
+
+ELSEWHERE: dict[str, tuple[str, Callable[[Path, Path], object]]] = {
+    "by a path": ("../../secret", lambda secret, data: None),
+    "by an absolute path": ("/etc/hostname", lambda secret, data: None),
+    "by a symbolic link": ("model.onnx_data", lambda secret, data: data.symlink_to(secret)),
+    "by a hard link": ("model.onnx_data", os.link),
+    "nowhere": ("model.onnx_data", lambda secret, data: None),
+}
+
+
+@pytest.mark.parametrize("how", ELSEWHERE)
+def test_refused_onnx_data_elsewhere(how, model, tmp_path):
+    """an ONNX graph has its weights outside of its folder"""
+    secret, (location, place) = tmp_path / "secret", ELSEWHERE[how]
+    secret.write_bytes(bytes(16))
+    folder = onnx_folder(tmp_path / "foreign", location)
+    place(secret, folder / "onnx" / location)
+    result = type_in("check", folder, "--against", model, *SMALL, "--json", "--quiet")
+    assert result.exit_code == 3
+    (target,) = json.loads(result.stdout)["targets"]
+    assert f"has its weights in '{location}', which is no file of its own beside it" in target["error"]
+
+
+def test_refused_onnx_graph_elsewhere(model, tmp_path):
+    """the folder of an ONNX model names a graph outside of it"""
+    folder = onnx_folder(tmp_path / "foreign", "w")
+    shutil.move(folder / "onnx" / "model.onnx", tmp_path / "model.onnx")
+    config = folder / "genai_config.json"
+    config.write_text(config.read_text().replace("onnx/model.onnx", "../model.onnx"))
+    result = type_in("check", folder, "--against", model, *SMALL, "--json", "--quiet")
+    assert result.exit_code == 3
+    (target,) = json.loads(result.stdout)["targets"]
+    assert "names a graph outside of its folder: ../model.onnx" in target["error"]
 
 
 def test_survived_edited_artifact(published, tmp_path):
