@@ -13,6 +13,7 @@ from onnx import GraphProto, TensorProto
 from mka_export.data import load_json
 from mka_export.errors import ConversionError
 from mka_export.models.onnx_file import initializers, read_graph
+from mka_onnx.embedding import plain_embedding
 from mka_onnx.settings import Precision
 
 GENAI_CONFIG, CONFIG = "genai_config.json", "config.json"
@@ -26,6 +27,7 @@ def finish(folder: Path, source: Path, precision: Precision) -> list[str]:
 
     - The weights are called as transformers.js looks for them, ``model….onnx_data``, and the graph refers to that name.
     - The width of the key-value cache is a number: transformers.js takes a symbol there for 0.
+    - An embedding of 8 bits is looked up by standard operators: see ``plain_embedding``.
     - ``config.json`` is the checkpoint's, with what transformers.js needs to know.
 
     Args:
@@ -44,6 +46,7 @@ def finish(folder: Path, source: Path, precision: Precision) -> list[str]:
     decoder = config["model"]["decoder"]
     model = read_graph(graph)
     _name_cache_width(model.graph, decoder["head_size"])
+    plain_embedding(model.graph)
     if external := [tensor for tensor in initializers(model.graph) if tensor.data_location == TensorProto.EXTERNAL]:
         built.rename(data)
         for tensor in external:

@@ -39,7 +39,7 @@ def _tensor_bytes(model: Outline, name: str, precision: Precision, options: Opti
     if len(shape) == 1 or not precision.quantized:
         return values * (FLOAT if precision.quantized else precision.bits / 8)
     tied = model.architecture.tensors["head"] not in model.shapes
-    if precision.bits == 8 and not tied and name == model.architecture.tensors["embedding"]:
+    if not tied and name == model.architecture.tensors["embedding"]:
         return values * FLOAT
     bits = 8 if _node(model, name) in eight_bits(precision, options, model.num_layers) else 4
     scale = 8 * FLOAT + (0 if options.symmetric else bits)

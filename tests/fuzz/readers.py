@@ -19,11 +19,12 @@ from pathlib import Path
 from typing import Any
 
 import gguf
+import mka_gguf.settings
+import mka_onnx.settings
 import numpy as np
 import torch
 from gguf import GGMLQuantizationType, GGUFWriter, TokenType
 from mka_gguf.hyperparameters import read_config
-from mka_gguf.settings import read_settings
 from safetensors.torch import save
 
 from mka_export.errors import LONGEST, MkaError, WorkspaceError
@@ -42,6 +43,7 @@ QUIET = Progress(quiet=True)
 CONTENTS = b"contents"
 DIGEST = hashlib.sha256(CONTENTS).hexdigest()
 INPUTS = {"model": "0", "versions": {"torch": "2"}}
+SETTINGS = {"gguf": mka_gguf.settings.read_settings, "onnx": mka_onnx.settings.read_settings}
 LAYER = {
     "input_layernorm": (8,),
     "self_attn.q_proj": (8, 8),
@@ -118,7 +120,8 @@ def _read_config(data: bytes) -> None:
 
 
 def _read_target(data: bytes) -> None:
-    read_settings(load_target(str(_written("target.toml", data))))
+    target = load_target(str(_written("target.toml", data)))
+    SETTINGS.get(target.converter, SETTINGS["gguf"])(target)
 
 
 def _read_plan(data: bytes) -> None:

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import fcntl
+import json
+import os
+import re
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -36,23 +41,29 @@ def pico_qwen2(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def convert_to(tmp_path_factory: pytest.TempPathFactory) -> Convert:
-    """``convert_to(folder, precision, **options)``: convert into a new folder, or give what was made so before."""
-    made: dict[object, Artifact] = {}
+    """``convert_to(folder, precision, **options)``: convert, or give what was made so before, by any worker."""
+    own = tmp_path_factory.getbasetemp()
+    shared = (own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / "onnx"
+    shared.mkdir(exist_ok=True)
 
     def run(folder: Path, precision: str, **options: object) -> Artifact:
-        key = folder, precision, *sorted(options.items())
-        if key not in made:
-            out = tmp_path_factory.mktemp("onnx")
-            quiet = Progress(quiet=True)
-            made[key] = convert(
-                Checkpoint.open(folder),
-                target(precision, **options),
-                out,
-                out,
-                activations=None,
-                calibration=CALIBRATION,
-                progress=quiet,
-            )
-        return made[key]
+        out = shared / "-".join(re.findall(r"\w+", f"{folder.name} {precision} {sorted(options.items())}"))
+        made = out / "artifact.json"
+        with (shared / f"{out.name}.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not made.is_file():
+                out.mkdir(exist_ok=True)
+                artifact = convert(
+                    Checkpoint.open(folder),
+                    target(precision, **options),
+                    out,
+                    out,
+                    activations=None,
+                    calibration=CALIBRATION,
+                    progress=Progress(quiet=True),
+                )
+                made.write_text(json.dumps({**asdict(artifact), "path": str(artifact.path)}))
+        about = json.loads(made.read_text())
+        return Artifact(Path(about["path"]), tuple(about["files"]), about["nbytes"], about["details"])
 
     return run

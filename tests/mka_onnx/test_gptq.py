@@ -89,7 +89,7 @@ def test_inputs_that_are_always_zero_do_no_harm():
     assert (blocks.dequantize()[3] == 0).all()
 
 
-@pytest.mark.parametrize("options", [{}, {"symmetric": True, "mixed": "none"}])
+@pytest.mark.parametrize("options", [{}, {"symmetric": True, "mixed": "head"}, {"mixed": "none"}])
 def test_the_runtime_computes_with_what_was_fitted(options, pico_llama, convert_to):
     """Every matrix of the folder, put into the model in transformers, gives what ONNX Runtime gives for the folder."""
     made = convert_to(pico_llama, "int4", **options).path
