@@ -12,7 +12,6 @@ import onnx
 import pytest
 import torch
 from mka_onnx import building, check, conversion, need
-from mka_onnx.settings import PRECISIONS
 from onnx_tools import target
 from pico import make_pico
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -95,10 +94,14 @@ def test_the_folder_is_what_every_client_looks_for(pico_llama, convert_to):
     assert (made.path / "tokenizer.json").read_bytes() == (pico_llama / "tokenizer.json").read_bytes()
 
 
-def test_the_size_is_known_beforehand(pico, convert_to):
-    for precision in PRECISIONS.keys() - {"fp16"}:
-        expected = need(Outline.of_checkpoint(Checkpoint.open(pico)), target(precision)).kept
-        assert convert_to(pico, precision).nbytes <= expected
+@pytest.mark.parametrize(
+    ("model", "precision"),
+    [("pico_llama", "fp32"), ("pico_llama", "int8"), ("pico_llama", "int4"), ("pico_qwen2", "int8")],
+)
+def test_the_size_is_known_beforehand(model, precision, request, convert_to):
+    folder = request.getfixturevalue(model)
+    expected = need(Outline.of_checkpoint(Checkpoint.open(folder)), target(precision)).kept
+    assert convert_to(folder, precision).nbytes <= expected
 
 
 @pytest.mark.parametrize(

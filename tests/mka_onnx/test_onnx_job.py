@@ -21,16 +21,15 @@ def type_in(*arguments: object) -> Result:
     return CliRunner().invoke(main, [str(a) for a in arguments])
 
 
-@pytest.fixture(scope="module")
-def done(pico_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Result]:
-    model = Path(shutil.copytree(pico_llama, tmp_path_factory.mktemp("job") / "pico"))
-    out = model.parent / "out"
+@pytest.fixture
+def model(pico_llama: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(pico_llama, tmp_path / "pico"))
+
+
+def test_both_formats_come_from_one_merge_and_are_measured_in_their_runtimes(model, tmp_path):
+    out = tmp_path / "out"
     merge = ["--ratio", "0.2", "--protect", "1", "--to", "gguf-f16", "--to", "onnx-fp32", "--to", "onnx-int8"]
-    return model, out, type_in(model, *merge, "--out", out, *SMALL, *LOOSE, "--json")
-
-
-def test_both_formats_come_from_one_merge_and_are_measured_in_their_runtimes(done):
-    _, out, result = done
+    result = type_in(model, *merge, "--out", out, *SMALL, *LOOSE, "--json")
     assert result.exit_code in (0, 4), result.output
     gguf, fp32, int8 = json.loads(result.stdout)["targets"]
     assert [t["runtime"]["name"] for t in (gguf, fp32, int8)] == ["llama.cpp", "onnxruntime", "onnxruntime"]
@@ -43,30 +42,27 @@ def test_both_formats_come_from_one_merge_and_are_measured_in_their_runtimes(don
     assert type_in("verify", out, "--quiet").exit_code == 0
 
 
-def test_anybodys_folder_is_checked(done, tmp_path):
-    model, out, _ = done
-    foreign = shutil.copytree(out / "onnx-fp32" / "pico-5L-fp32", tmp_path / "someone-elses")
-    result = type_in("check", foreign, "--against", model, *SMALL, *LOOSE, "--json")
+def test_anybodys_folder_is_checked(model, convert_to, pico_llama):
+    result = type_in("check", convert_to(pico_llama, "fp32").path, "--against", model, *SMALL, *LOOSE, "--json")
     assert result.exit_code in (0, 4), result.output
     (target,) = json.loads(result.stdout)["targets"]
     files = {file["path"] for file in target["artifact"]["files"]}
-    assert {"someone-elses/genai_config.json", "someone-elses/onnx/model.onnx_data"} <= files
+    assert {"pico-llama-fp32/genai_config.json", "pico-llama-fp32/onnx/model.onnx_data"} <= files
 
 
-def test_missing_packages_are_said_before_any_work(done, tmp_path, monkeypatch):
+def test_missing_packages_are_said_before_any_work(model, tmp_path, monkeypatch):
     monkeypatch.setattr(building, "find_spec", lambda name: None)
-    result = type_in(done[0], "--ratio", "0.2", "--to", "onnx-int4", "--out", tmp_path / "out", *SMALL)
+    result = type_in(model, "--ratio", "0.2", "--to", "onnx-int4", "--out", tmp_path / "out", *SMALL)
     assert result.exit_code == 1
     assert "ONNX needs onnxruntime_genai, which is not installed" in result.stderr
     assert "pip install 'mka-export[onnx]'" in result.stderr
     assert not (tmp_path / "out" / "merged").exists()
 
 
-def test_a_missing_runtime_is_one_line(done, monkeypatch):
-    model, out, _ = done
+def test_a_missing_runtime_is_one_line(model, convert_to, pico_llama, monkeypatch):
     monkeypatch.delitem(sys.modules, "mka_export.parity.runtimes.onnx_runtime", raising=False)
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
-    result = type_in("check", out / "onnx-fp32" / "pico-5L-fp32", "--against", model, *SMALL, "--json")
+    result = type_in("check", convert_to(pico_llama, "fp32").path, "--against", model, *SMALL, "--json")
     assert result.exit_code == 3
     (target,) = json.loads(result.stdout)["targets"]
     assert "onnxruntime cannot be loaded" in target["error"]
