@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
@@ -160,3 +161,12 @@ def test_a_damaged_graph_is_one_line(damage, pico_llama, convert_to, tmp_path):
     (folder / "onnx" / "model.onnx").write_bytes(damage)
     with pytest.raises(RuntimeFailure, match=r"model\.onnx"):
         open_runtime("onnxruntime", folder)
+
+
+@pytest.mark.parametrize("name", ["onnxruntime", "onnxruntime-genai"])
+def test_it_computes_where_it_is_asked_to(name, pico_llama, convert_to):
+    folder = convert_to(pico_llama, "fp32").path
+    with closing(open_runtime(name, folder, device="auto")) as runtime:
+        assert runtime.device == "cpu"
+    with pytest.raises(RuntimeFailure, match="on cuda:7"):
+        open_runtime(name, folder, device="cuda:7")

@@ -95,7 +95,7 @@ class GenaiRuntime:
 
 def open_runtime(path: Path, *, device: str = "cpu") -> GenaiRuntime:
     """Open a folder; arguments and errors are those of ``GenaiRuntime``."""
-    if device != "cpu":
+    if device not in ("auto", "cpu"):
         raise RuntimeFailure(f"onnxruntime-genai computes where its folder says, not on {device}", "Use the CPU.")
     return GenaiRuntime(path)
 

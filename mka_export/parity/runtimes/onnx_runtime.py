@@ -29,7 +29,7 @@ class OnnxRuntime:
 
     Args:
         path: the folder.
-        device: ``cpu``, or ``cuda`` where onnxruntime-gpu is installed.
+        device: ``cpu``, ``cuda`` where onnxruntime-gpu is installed, or ``auto`` for that where it is.
         threads: CPU threads; by default as many as this process may use.
 
     Raises:
@@ -40,6 +40,8 @@ class OnnxRuntime:
 
     def __init__(self, path: Path, *, device: str = "cpu", threads: int | None = None) -> None:
         self._folder = OnnxFolder.open(path)
+        if device == "auto":
+            device = devices()[-1]
         self.vocab_size, self.device = self._folder.vocab_size, device
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads or usable_cores()
@@ -117,6 +119,6 @@ def open_runtime(path: Path, *, device: str = "cpu", threads: int | None = None)
 
 
 def devices() -> list[str]:
-    """Return where ONNX Runtime can compute."""
+    """Return where ONNX Runtime can compute, the fastest last."""
     found = onnxruntime.get_available_providers()
     return [device for device, provider in PROVIDERS.items() if provider in found]
