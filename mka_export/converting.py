@@ -6,13 +6,16 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path, PureWindowsPath
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from mka_export.errors import ConversionError, MkaError, UnsupportedError, unknown_name
 from mka_export.target import Target
 
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
 Precision = TypeVar("Precision")
-Options = TypeVar("Options")
+Options = TypeVar("Options", bound="DataclassInstance")
 
 
 def precision_of(target: Target, known: Mapping[str, Precision]) -> Precision:
@@ -32,7 +35,7 @@ def options_of(target: Target, kind: type[Options]) -> Options:
     Raises:
         ConversionError: there is no option of that name.
     """
-    known = {field.name for field in fields(kind)}  # type: ignore[arg-type]
+    known = {field.name for field in fields(kind)}
     for name in target.options:
         if name not in known:
             raise ConversionError(f"target {target.name}: {unknown_name('option', name, known)}")

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import io
 import os
-import sys
 from collections.abc import Mapping
+from contextlib import redirect_stderr, redirect_stdout
 from importlib.util import find_spec
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -57,24 +57,21 @@ def _build(
     weights: Mapping[str, Any] | None,
 ) -> None:
     os.environ["HF_HUB_OFFLINE"] = "1"
-    sys.stdout = _Lines(connection)
-    sys.stderr = open(os.devnull, "w")  # noqa: SIM115, PTH123 (for as long as the process lives; progress bars)
-    try:
-        from onnxruntime_genai.models import builder
-    except ImportError as error:
-        raise ConversionError(f"onnxruntime-genai's model builder cannot be loaded: {error}", INSTALL) from error
-    cache = out / "cache"
+    where = ("", str(source), str(out), precision, PROVIDER, str(out / "cache"))
     words = [f"{name}={value}" for name, value in options.items()]
     structured = {"quant_config": {"weights": weights}} if weights else None
-    try:
-        parsed = builder.parse_extra_options(
-            "", str(source), str(out), precision, PROVIDER, str(cache), words, target_options=structured
-        )
-        builder.create_model("", str(source), str(out), precision, PROVIDER, str(cache), **parsed)
-    except MemoryError:
-        raise
-    except Exception as error:
-        raise ConversionError(f"onnxruntime-genai's model builder: {type(error).__name__}: {error}") from error
+    with redirect_stdout(_Lines(connection)), redirect_stderr(io.StringIO()):  # the latter gets progress bars
+        try:
+            from onnxruntime_genai.models import builder
+        except ImportError as error:
+            raise ConversionError(f"onnxruntime-genai's model builder cannot be loaded: {error}", INSTALL) from error
+        try:
+            parsed = builder.parse_extra_options(*where, words, target_options=structured)
+            builder.create_model(*where, **parsed)
+        except MemoryError:
+            raise
+        except Exception as error:
+            raise ConversionError(f"onnxruntime-genai's model builder: {type(error).__name__}: {error}") from error
     connection.send(None)
 
 

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from mka_export.errors import ConversionError
-from mka_export.models.architecture import Architecture
 from mka_export.models.checkpoint import Checkpoint
 from mka_export.models.onnx_file import read_graph
 from mka_export.models.runner import LayerRunner, check_finite
@@ -45,7 +44,7 @@ def fit_weights(graph: Path, checkpoint: Checkpoint, ids: Tensor, progress: Prog
     for index, node in product(range(checkpoint.num_layers), MATRICES):
         if node_name(index, node) not in matrices:
             raise _unknown(f"the builder's graph has no {node_name(index, node)}")
-    states = runner.embed(ids)
+    states, names = runner.embed(ids), checkpoint.architecture.layer
     with progress.task("fit the 4-bit weights to the calibration text", checkpoint.num_layers) as task:
         for index in range(checkpoint.num_layers):
             weights, grams = runner.weights(index), Grams()
@@ -57,7 +56,7 @@ def fit_weights(graph: Path, checkpoint: Checkpoint, ids: Tensor, progress: Prog
             rounded = dict(weights)
             for node, roles in MATRICES.items():
                 if (matrix := matrices[node_name(index, node)]).bits == 4:
-                    rounded |= _fit(matrix, _names(checkpoint.architecture, roles), weights, grams)
+                    rounded |= _fit(matrix, [names[role] for role in roles], weights, grams)
             for batch in batches:
                 states[batch] = runner.run_layer(index, rounded, states[batch])
             task.advance()
@@ -78,7 +77,3 @@ def _fit(matrix: NBits, names: list[str], weights: Mapping[str, Tensor], grams: 
 
 def _unknown(what: str) -> ConversionError:
     return ConversionError(what, "This version of onnxruntime-genai is not supported.")
-
-
-def _names(architecture: Architecture, roles: tuple[str, ...]) -> list[str]:
-    return [architecture.layer[role] for role in roles]

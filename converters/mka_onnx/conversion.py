@@ -10,6 +10,7 @@ from torch import Tensor
 
 from mka_export.converting import conversion_errors
 from mka_export.errors import ConversionError, UnsupportedError
+from mka_export.hashes import files_in
 from mka_export.models.activations import Activations
 from mka_export.models.checkpoint import Checkpoint
 from mka_export.models.outline import Outline
@@ -20,7 +21,7 @@ from mka_onnx.building import PROVIDER, build, require_builder
 from mka_onnx.calibrated import fit_weights
 from mka_onnx.folder import finish
 from mka_onnx.nodes import builder_weights
-from mka_onnx.settings import Options, Precision, builder_options, fitted, read_settings
+from mka_onnx.settings import builder_options, fitted, read_settings
 from mka_onnx.size import need
 
 # What the builder makes a graph of (its create_model), and we can merge.
@@ -33,13 +34,15 @@ def check(checkpoint: Checkpoint, target: Target) -> None:
     Raises:
         ConversionError, UnsupportedError: as ``convert`` would.
     """
-    if fitted(*read_settings(target)) and not target.calibration:
+    precision, options = read_settings(target)
+    if fitted(precision, options) and not target.calibration:
         raise ConversionError(
             f"target {target.name}: algorithm gptq needs the calibration text",
             "Set calibration = true in the target's file, or another algorithm.",
         )
     require_builder()
-    _require_even_blocks(checkpoint, *read_settings(target))
+    if precision.bits == 4 and not options.symmetric:
+        _require_even_blocks(checkpoint, options.block_size)
     name = checkpoint.config["architectures"][0]
     if name not in ARCHITECTURES:
         raise UnsupportedError(
@@ -47,14 +50,12 @@ def check(checkpoint: Checkpoint, target: Target) -> None:
         )
 
 
-def _require_even_blocks(checkpoint: Checkpoint, precision: Precision, options: Options) -> None:
+def _require_even_blocks(checkpoint: Checkpoint, block_size: int) -> None:
     """Two zero points of 4 bits share a byte, and ONNX Runtime's quantizer fails where a row has an odd number."""
-    if not precision.quantized or precision.bits != 4 or options.symmetric:
-        return
     for name, shape in checkpoint.shapes.items():
-        if len(shape) == 2 and ceil(shape[1] / options.block_size) % 2:
+        if len(shape) == 2 and ceil(shape[1] / block_size) % 2:
             raise UnsupportedError(
-                f"rows of {name} have an odd number of blocks of {options.block_size} weights, which ONNX Runtime's "
+                f"rows of {name} have an odd number of blocks of {block_size} weights, which ONNX Runtime's "
                 "quantizer cannot give zero points",
                 "Set symmetric = true in the target's options, or another block_size.",
             )
@@ -104,7 +105,7 @@ def _convert(
             "Close other programs, or convert on a larger machine.",
         )
     folder = out / f"{options.file_stem or checkpoint.path.resolve().name}-{target.precision}"
-    (folder / "onnx").mkdir(parents=True)
+    (folder / precision.graph).parent.mkdir(parents=True)
     with progress.task(
         f"build the {target.precision} graph ({size(wanted)} of memory)", checkpoint.num_layers + 1
     ) as task:
@@ -120,18 +121,13 @@ def _convert(
     warnings = finish(folder, checkpoint.path, precision)
     if fitted(precision, options):
         assert calibration is not None  # ``check`` looked whether the target asks for it
-        graph = folder / "onnx" / f"model{precision.suffix}.onnx"
-        fit_weights(graph, checkpoint, calibration, progress)
+        fit_weights(folder / precision.graph, checkpoint, calibration, progress)
     for warning in warnings:
         progress.say(f"  {folder.name}: {warning}")
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    files = files_in(folder)
     return Artifact(
         path=folder,
-        files=tuple(path.relative_to(out).as_posix() for path in files),
-        nbytes=sum(path.stat().st_size for path in files),
-        details={
-            "graph": f"onnx/model{precision.suffix}.onnx",
-            "provider": PROVIDER,
-            "warnings": warnings,
-        },
+        files=tuple(f"{folder.name}/{name}" for name in files),
+        nbytes=sum(path.stat().st_size for path in files.values()),
+        details={"graph": precision.graph, "provider": PROVIDER, "warnings": warnings},
     )

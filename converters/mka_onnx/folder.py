@@ -36,7 +36,7 @@ def finish(folder: Path, source: Path, precision: Precision) -> list[str]:
     Raises:
         ConversionError: the builder left something else than it used to.
     """
-    graph = folder / "onnx" / f"model{precision.suffix}.onnx"
+    graph = folder / precision.graph
     built, data = graph.with_name(graph.name + ".data"), graph.with_name(graph.name + "_data")
     if not graph.is_file():
         raise ConversionError(
@@ -52,7 +52,7 @@ def finish(folder: Path, source: Path, precision: Precision) -> list[str]:
         for tensor in external:
             _refer(tensor, data.name)
     onnx.save(model, graph)
-    decoder["filename"] = graph.relative_to(folder).as_posix()
+    decoder["filename"] = precision.graph
     decoder["session_options"].pop("log_id", None)
     _write(folder / GENAI_CONFIG, config)
     for_browser = {"dtype": precision.dtype, **({"use_external_data_format": True} if external else {})}

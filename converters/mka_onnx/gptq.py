@@ -72,32 +72,23 @@ def quantize(weight: Tensor, gram: Tensor, bits: int, block: int, symmetric: boo
     return Blocks(placed.T.contiguous().to(torch.uint8), scales, zeros.to(torch.uint8), block)
 
 
-def quantize_bytes(rows: int, columns: int) -> int:
-    """Return the memory that ``quantize`` takes at most."""
-    return 4 * 6 * rows * columns + 8 * 4 * columns * columns
-
-
 def _grids(weight: Tensor, importance: Tensor, bits: int, block: int, symmetric: bool) -> tuple[Tensor, Tensor]:
     """Return scales and zeros, (rows, blocks) float32."""
     rows, columns = weight.shape
     padding = -columns % block
     blocks = torch.nn.functional.pad(weight, (0, padding)).view(rows, -1, block)
     heavy = torch.nn.functional.pad(importance, (0, padding)).view(1, -1, block)
-    best = scales = zeros = None
+    scales, zeros = _grid(blocks, SHRUNK[0], bits, symmetric)
+    best = torch.full_like(scales, torch.inf)
     for share in SHRUNK:
         scale, zero = _grid(blocks, share, bits, symmetric)
         wide, middle = scale[..., None], zero[..., None]
         codes = (blocks / wide + middle).round_().clamp_(0, 2**bits - 1)
         error = ((codes - middle) * wide - blocks).square_().mul_(heavy).sum(dim=-1)
-        if best is None or scales is None or zeros is None:
-            best, scales, zeros = error, scale, zero
-        else:
-            better = error < best
-            best, scales, zeros = (
-                torch.where(better, new, old) for new, old in ((error, best), (scale, scales), (zero, zeros))
-            )
-    assert scales is not None
-    assert zeros is not None
+        better = error < best
+        best, scales, zeros = (
+            torch.where(better, new, old) for new, old in ((error, best), (scale, scales), (zero, zeros))
+        )
     return scales, zeros
 
 

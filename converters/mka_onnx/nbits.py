@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from math import ceil
 from pathlib import Path
 
 import numpy as np
@@ -40,9 +41,14 @@ class NBits:
         """All zeros are in the middle of the codes' range, and not stored."""
         return len(self._tensors) == 2
 
+    @property
+    def blocks(self) -> int:
+        """How many make up a row."""
+        return ceil(self.shape[1] / self.block)
+
     def read(self) -> Blocks:
         """Return the matrix."""
-        (rows, columns), count = self.shape, -(-self.shape[1] // self.block)
+        (rows, columns), count = self.shape, self.blocks
         codes = _unpack(_bytes(self._tensors[0], self._folder).reshape(rows * count, -1), self.bits)
         scales = _bytes(self._tensors[1], self._folder).view(np.float32).reshape(rows, count)
         if self.symmetric:
@@ -53,7 +59,7 @@ class NBits:
 
     def write(self, blocks: Blocks) -> None:
         """Put another matrix of the same shape, bits and blocks in its place; what is inside of the graph changes there."""
-        (rows, columns), count = self.shape, -(-self.shape[1] // self.block)
+        (rows, columns), count = self.shape, self.blocks
         codes = torch.nn.functional.pad(blocks.codes, (0, count * self.block - columns))
         parts = [_pack(codes.view(rows * count, -1), self.bits), blocks.scales.numpy()]
         if not self.symmetric:

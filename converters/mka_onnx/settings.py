@@ -24,6 +24,11 @@ class Precision:
     bits: int
     quantized: bool = False
 
+    @property
+    def graph(self) -> str:
+        """Where the graph is in its folder."""
+        return f"onnx/model{self.suffix}.onnx"
+
 
 # The names are the builder's; dtypes and suffixes those of transformers.js (its utils/dtypes.js).
 PRECISIONS = {
@@ -83,7 +88,7 @@ def fitted(precision: Precision, options: Options) -> bool:
 
 def builder_options(precision: Precision, options: Options) -> dict[str, str]:
     """Return the options in the words of the builder's own parser."""
-    words = {"hf_token": "false", "hf_remote": "false", "filename": f"onnx/model{precision.suffix}.onnx"}
+    words = {"hf_token": "false", "hf_remote": "false", "filename": precision.graph}
     if precision.quantized:
         words |= {
             "algo_config": "rtn" if options.algorithm == "gptq" else options.algorithm,

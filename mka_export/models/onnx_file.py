@@ -43,8 +43,8 @@ def initializers(graph: GraphProto) -> Iterator[TensorProto]:
                 yield from initializers(inner)
 
 
-def data_files(model: ModelProto, path: Path) -> list[Path]:
-    """Return the files that the weights of the graph in ``path`` are in.
+def require_own_files(model: ModelProto, path: Path) -> None:
+    """Check that the weights of the graph in ``path`` are in files beside it.
 
     Raises:
         CheckpointError: one is not a plain file of its own in the graph's folder: a path elsewhere, a symbolic or hard
@@ -57,12 +57,9 @@ def data_files(model: ModelProto, path: Path) -> list[Path]:
         for entry in tensor.external_data
         if entry.key == "location"
     }
-    found = []
     for name in sorted(names):
         file = path.with_name(name) if name and Path(name).name == name else None
         if file is None or file.is_symlink() or not file.is_file() or file.stat().st_nlink != 1:
             raise CheckpointError(
                 f"{path} has its weights in {name!r}, which is no file of its own beside it", "Make the folder anew."
             )
-        found.append(file)
-    return found

@@ -29,7 +29,7 @@ from mka_export.models.tokenizer import leading_id, load_tokenizer, ordinary_ids
 from mka_export.needs import size
 from mka_export.options import DeviceOptions, OutputOptions, TextOptions
 from mka_export.parity.comparison import measure
-from mka_export.parity.runtimes import open_runtime
+from mka_export.parity.runtimes import RUNTIME_PACKAGES, open_runtime
 from mka_export.parity.runtimes.torch_runtime import TorchRuntime
 from mka_export.parity.tokenizer_check import first_difference
 from mka_export.parity.verdict import EXIT_CODES, judge, worst
@@ -43,12 +43,6 @@ SAMPLE_TOKENS = 16
 SAMPLED, CALIBRATION, DEPTH, PARITY = "sampled", "calibration", "depth", "parity"  # stages, besides the checkpoints'
 SAMPLED_IDS, SAMPLED_TEXT = "ids.npy", "text.txt"
 REPORT = "report.json"
-RUNTIME_PACKAGES = {
-    "torch": ("torch",),
-    "llama.cpp": ("llama-cpp-python",),
-    "onnxruntime": ("onnxruntime",),
-    "onnxruntime-genai": ("onnxruntime-genai", "onnxruntime"),
-}
 PACKAGES = (
     *("mka-export", "torch", "transformers", "tokenizers", "numpy", "scikit-learn"),
     *("gguf", "llama-cpp-python", "onnx", "onnxruntime", "onnxruntime-genai"),

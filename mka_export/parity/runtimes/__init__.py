@@ -62,6 +62,12 @@ RUNTIMES = {
     "onnxruntime": "mka_export.parity.runtimes.onnx_runtime",
     "onnxruntime-genai": "mka_export.parity.runtimes.genai_runtime",
 }
+RUNTIME_PACKAGES = {  # whose versions a measurement depends on
+    "torch": ("torch",),
+    "llama.cpp": ("llama-cpp-python",),
+    "onnxruntime": ("onnxruntime",),
+    "onnxruntime-genai": ("onnxruntime-genai", "onnxruntime"),
+}
 
 
 def open_runtime(name: str, path: Path, **options: object) -> Runtime:

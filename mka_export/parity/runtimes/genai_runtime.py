@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from mka_export.errors import RuntimeFailure
 from mka_export.parity.runtimes import LogProbs, Windows
-from mka_export.parity.runtimes.logits import BATCH, log_softmax
+from mka_export.parity.runtimes.logits import BATCH, log_softmax, require_known, require_tokens
 from mka_export.parity.runtimes.onnx_folder import OnnxFolder
 
 
@@ -67,8 +67,7 @@ class GenaiRuntime:
         del self._tokenizer, self._model
 
     def _continue(self, prompt: Sequence[int], max_new_tokens: int) -> list[int]:
-        if not len(prompt):
-            raise RuntimeFailure("a prompt has no tokens", "Give at least one.")
+        require_tokens(prompt)
         generator = self._generator(len(prompt) + max_new_tokens)
         new: list[int] = []
         generator.append_tokens(np.asarray(prompt, dtype=np.int32))
@@ -86,8 +85,7 @@ class GenaiRuntime:
         return genai.Generator(self._model, params)
 
     def _append(self, generator: genai.Generator, ids: NDArray[np.int64]) -> NDArray[np.float32]:
-        if ids.min() < 0 or ids.max() >= self.vocab_size:
-            raise RuntimeFailure(f"{self._path} has {self.vocab_size} tokens; asked for id {ids.max()}")
+        require_known(ids, self.vocab_size, self._path)
         generator.append_tokens(ids.astype(np.int32))
         logits: NDArray[np.float32] = np.asarray(generator.get_output("logits"), dtype=np.float32)[0]
         return logits

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from mka_export.errors import CheckpointError, RuntimeFailure, UsageError
 from mka_export.models.gguf_file import read_gguf
 from mka_export.parity.runtimes import LogProbs, Windows
-from mka_export.parity.runtimes.logits import BATCH, log_softmax, usable_cores
+from mka_export.parity.runtimes.logits import BATCH, log_softmax, require_known, require_tokens, usable_cores
 
 _WARNING, _ERROR, _CONTINUED = 3, 4, 5  # enum ggml_log_level in ggml.h (llama_cpp/_logger.py has others)
 _log: deque[str] = deque(maxlen=8)  # the library's latest warnings and errors
@@ -124,8 +124,7 @@ class LlamaCppRuntime:
             self._model = None
 
     def _continue(self, prompt: NDArray[np.int64], max_new_tokens: int) -> list[int]:
-        if not len(prompt):
-            raise RuntimeFailure("a prompt has no tokens", "Give at least one.")
+        require_tokens(prompt)
         self._start(len(prompt) + max_new_tokens)
         for start in range(0, len(prompt), BATCH):
             logits = self._decode(prompt[start : start + BATCH], start, every=False)
@@ -161,8 +160,7 @@ class LlamaCppRuntime:
         The array is the library's own and valid until the next call.
         """
         n = len(ids)
-        if ids.min() < 0 or ids.max() >= self.vocab_size:
-            raise RuntimeFailure(f"{self.path} has {self.vocab_size} tokens; asked for id {ids.max()}")
+        require_known(ids, self.vocab_size, self.path)
         batch = llama_cpp.llama_batch_init(n, 0, 1)
         try:
             batch.n_tokens = n

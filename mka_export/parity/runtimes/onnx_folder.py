@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from mka_export.data import load_json, value_of
 from mka_export.errors import CheckpointError, MkaError, RuntimeFailure
-from mka_export.models.onnx_file import data_files, read_graph
+from mka_export.models.onnx_file import read_graph, require_own_files
 from mka_export.models.tokenizer import load_tokenizer, text_ids
 from mka_export.parity.runtimes import ONNX_CONFIG
 
@@ -47,7 +47,7 @@ class OnnxFolder:
             graph = path / name
             if name.is_absolute() or ".." in name.parts or not graph.resolve().is_relative_to(path.resolve()):
                 raise CheckpointError(f"{path / ONNX_CONFIG} names a graph outside of its folder: {name}")
-            data_files(read_graph(graph), graph)
+            require_own_files(read_graph(graph), graph)
             return cls(path, graph, _ends(model), value_of(model, "vocab_size", int), load_tokenizer(path))
         except MkaError as error:
             raise RuntimeFailure(error.what, error.remedy) from error

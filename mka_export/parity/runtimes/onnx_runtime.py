@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from mka_export.errors import RuntimeFailure
 from mka_export.parity.runtimes import LogProbs, Windows
-from mka_export.parity.runtimes.logits import BATCH, log_softmax, usable_cores
+from mka_export.parity.runtimes.logits import BATCH, log_softmax, require_known, require_tokens, usable_cores
 from mka_export.parity.runtimes.onnx_folder import OnnxFolder
 
 DTYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
@@ -89,8 +89,7 @@ class OnnxRuntime:
         del self._session
 
     def _continue(self, prompt: NDArray[np.int64], max_new_tokens: int) -> list[int]:
-        if not len(prompt):
-            raise RuntimeFailure("a prompt has no tokens", "Give at least one.")
+        require_tokens(prompt)
         new: list[int] = []
         logits, cache = self._run(prompt, 0, self._empty)
         while len(new) < max_new_tokens and (token := int(logits[-1].argmax())) not in self._folder.ends:
@@ -101,8 +100,7 @@ class OnnxRuntime:
 
     def _run(self, ids: NDArray[np.int64], position: int, cache: Cache) -> tuple[NDArray[np.float32], Cache]:
         """Run ``ids`` from ``position`` on; returns logits (tokens, vocabulary) and the cache with them."""
-        if ids.min() < 0 or ids.max() >= self.vocab_size:
-            raise RuntimeFailure(f"{self._folder.path} has {self.vocab_size} tokens; asked for id {ids.max()}")
+        require_known(ids, self.vocab_size, self._folder.path)
         mask = np.ones((1, position + len(ids)), dtype=np.int64)
         try:
             logits, *present = self._session.run(
