@@ -201,8 +201,24 @@ def models() -> None:
 
 
 @main.command()
-def targets() -> None:
+@click.option("--for", "model", metavar="MODEL", help="Say what each would be for this model, and whether it can be.")
+@click.option("--json", "as_json", is_flag=True, help="Print that as JSON.")
+def targets(model: str | None, as_json: bool) -> None:
     """List the targets."""
-    from mka_export.report.listing import print_targets
+    import json
 
-    print_targets()
+    from mka_export.errors import UsageError
+    from mka_export.report.listing import print_offers, print_targets
+
+    if model is None:
+        if as_json:
+            raise UsageError("--json is for a model", "Name it with --for.")
+        print_targets()
+        return
+    from mka_export.pipeline.offers import offers
+
+    found = [offer.to_dict() for offer in offers(model)]
+    if as_json:
+        click.echo(json.dumps(found, indent=2, ensure_ascii=False))
+    else:
+        print_offers(found)

@@ -68,6 +68,17 @@ class Target:
     families: tuple[str, ...] = ()
     options: Mapping[str, Any] = field(default_factory=dict)
 
+    def require_family(self, family: str) -> None:
+        """Check that the target is for models of a family.
+
+        Raises:
+            UsageError: it is not.
+        """
+        if self.families and family not in self.families:
+            raise UsageError(
+                f"target {self.name} is for {', '.join(self.families)}, not {family}", "Choose another --to."
+            )
+
 
 @dataclass(frozen=True)
 class Artifact:
@@ -100,7 +111,10 @@ class Converter(Protocol):
         """
 
     def need(self, model: Outline, target: Target) -> Need:
-        """Return what converting a model will take, before there is one: no less than it will."""
+        """Return what converting a model will take, before there is one: no less than it will.
+
+        Raises what ``check`` would, as far as there is no checkpoint to look into.
+        """
 
     def convert(
         self,

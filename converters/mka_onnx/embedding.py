@@ -1,14 +1,18 @@
-"""The lookup of a quantized embedding, by operators that every build of ONNX Runtime has."""
+"""The lookup of an embedding of 8 bits, by operators that every build of ONNX Runtime has."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any
 
-from onnx import GraphProto, NodeProto, TensorProto, helper
+import numpy as np
+from numpy.typing import NDArray
+from onnx import GraphProto, NodeProto, TensorProto, helper, numpy_helper
 
 LOOKUP = "GatherBlockQuantized"
-MIDDLE = 128  # where codes of 8 bits have no zero points
+OWN = "/model/embed_tokens/Gather"  # the builder's name of the lookup where the head has another matrix
+MIDDLE, LARGEST = 128, 127  # of codes of 8 bits without zero points
+ROWS = 4096  # rounded at once
 
 
 def plain_embedding(graph: GraphProto) -> None:
@@ -21,15 +25,57 @@ def plain_embedding(graph: GraphProto) -> None:
     for place, node in enumerate(list(graph.node)):
         if node.op_type == LOOKUP and {a.name: a.i for a in node.attribute}["bits"] == 8:
             flat = producers[node.input[0]]  # a Reshape of the head's codes to (vocabulary, hidden)
-            del graph.node[place]
-            for step, new in enumerate(_lookup(graph, node, flat.input[0])):
-                graph.node.insert(place + step, new)
+            _, ids, *grid = node.input
+            _replace(graph, place, _lookup(graph, node, [flat.input[0], ids, *grid]))
             graph.node.remove(flat)
             return
 
 
-def _lookup(graph: GraphProto, node: NodeProto, codes: str) -> list[NodeProto]:
-    _, ids, scales, *zeros = node.input
+def own_embedding(graph: GraphProto) -> NodeProto | None:
+    """Return the lookup of a float32 embedding; None where the graph has none."""
+    return next((node for node in graph.node if node.name == OWN and node.op_type == "Gather"), None)
+
+
+def quantize_embedding(graph: GraphProto, lookup: NodeProto, block: int) -> None:
+    """Round the embedding of a lookup to the nearest of 8 bits, ``block`` weights of a row with one scale.
+
+    The builder leaves one that is not the head's in float32. Rows whose length is no multiple of ``block`` stay so.
+
+    Args:
+        graph: with the embedding's values in it.
+        lookup: what ``own_embedding`` found.
+    """
+    table = next(tensor for tensor in graph.initializer if tensor.name == lookup.input[0])
+    values = numpy_helper.to_array(table)
+    if values.shape[1] % block:
+        return
+    parts = [_round(values[start : start + ROWS], block) for start in range(0, len(values), ROWS)]
+    codes, scales = (np.concatenate(each) for each in zip(*parts, strict=True))
+    graph.initializer.remove(table)
+    names = [f"{table.name}_{part}" for part in ("codes", "scales")]
+    for name, part in zip(names, (codes, scales), strict=True):
+        graph.initializer.append(numpy_helper.from_array(part, name))
+    place = next(i for i, node in enumerate(graph.node) if node.name == lookup.name)
+    _replace(graph, place, _lookup(graph, lookup, [names[0], lookup.input[1], names[1]]))
+
+
+def _round(rows: NDArray[np.float32], block: int) -> tuple[NDArray[np.uint8], NDArray[np.float32]]:
+    """Return codes (rows, blocks, block) and scales (rows, blocks)."""
+    blocks = rows.reshape(len(rows), -1, block)
+    scales = np.abs(blocks).max(axis=-1) / np.float32(LARGEST)
+    steps = blocks / np.where(scales > 0, scales, np.float32(1))[..., None]
+    return (np.rint(steps) + MIDDLE).astype(np.uint8), scales
+
+
+def _replace(graph: GraphProto, place: int, nodes: Sequence[NodeProto]) -> None:
+    del graph.node[place]
+    for step, new in enumerate(nodes):
+        graph.node.insert(place + step, new)
+
+
+def _lookup(graph: GraphProto, node: NodeProto, inputs: Sequence[str]) -> list[NodeProto]:
+    """Return what stands for ``node``; its inputs are codes, token ids, scales, and zero points where there are any."""
+    codes, ids, scales, *zeros = inputs
     made: list[NodeProto] = []
 
     def add(kind: str, inputs: Sequence[str], **attributes: Any) -> str:

@@ -9,11 +9,12 @@ from typing import Any
 
 import onnx
 from onnx import GraphProto, TensorProto
+from onnx.external_data_helper import load_external_data_for_model
 
 from mka_export.data import load_json
 from mka_export.errors import ConversionError
 from mka_export.models.onnx_file import initializers, read_graph
-from mka_onnx.embedding import plain_embedding
+from mka_onnx.embedding import own_embedding, plain_embedding, quantize_embedding
 from mka_onnx.settings import Precision
 
 GENAI_CONFIG, CONFIG = "genai_config.json", "config.json"
@@ -22,16 +23,17 @@ CACHE_WIDTH = "kv_cache_dim"  # the builder's symbol for a head's width
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
 
 
-def finish(folder: Path, source: Path, precision: Precision) -> list[str]:
+def finish(folder: Path, source: Path, precision: Precision, block: int) -> list[str]:
     """Make what the builder left in ``folder`` openable by every client; returns warnings.
 
     - The weights are called as transformers.js looks for them, ``model….onnx_data``, and the graph refers to that name.
     - The width of the key-value cache is a number: transformers.js takes a symbol there for 0.
-    - An embedding of 8 bits is looked up by standard operators: see ``plain_embedding``.
+    - The embedding of a quantized graph has 8 bits, and is looked up by standard operators: see ``mka_onnx.embedding``.
     - ``config.json`` is the checkpoint's, with what transformers.js needs to know.
 
     Args:
         source: the checkpoint that it was made from.
+        block: how many weights of an embedding's row share a scale.
 
     Raises:
         ConversionError: the builder left something else than it used to.
@@ -47,11 +49,18 @@ def finish(folder: Path, source: Path, precision: Precision) -> list[str]:
     model = read_graph(graph)
     _name_cache_width(model.graph, decoder["head_size"])
     plain_embedding(model.graph)
-    if external := [tensor for tensor in initializers(model.graph) if tensor.data_location == TensorProto.EXTERNAL]:
-        built.rename(data)
+    external = [tensor for tensor in initializers(model.graph) if tensor.data_location == TensorProto.EXTERNAL]
+    if precision.quantized and (lookup := own_embedding(model.graph)):
+        load_external_data_for_model(model, str(graph.parent))
+        built.unlink(missing_ok=True)
+        quantize_embedding(model.graph, lookup, block)
+        onnx.save(model, graph, save_as_external_data=bool(external), location=data.name)
+    else:
+        if external:
+            built.rename(data)
         for tensor in external:
             _refer(tensor, data.name)
-    onnx.save(model, graph)
+        onnx.save(model, graph)
     decoder["filename"] = precision.graph
     decoder["session_options"].pop("log_id", None)
     _write(folder / GENAI_CONFIG, config)

@@ -26,7 +26,7 @@ def builder_weights(precision: Precision, options: Options, layers: int, tied: b
     """Return what the builder is to do with weights, in the words of its ``quant_config.weights``.
 
     Every quantized graph is one of 4 bits to the builder, with matrices of 8: only there does a tied embedding share the
-    head's matrix. One of its own stays in float32.
+    head's matrix. One of its own it leaves in float32, see ``mka_onnx.embedding``.
     """
     overrides = [{"match": {"name": node}, "type": "int8"} for node in eight_bits(precision, options, layers)]
     return {"overrides": overrides, "op_types": ["MatMul", "Gather"] if tied else ["MatMul"]}

@@ -8,7 +8,9 @@ from mka_export.models.architecture import Architecture
 from mka_export.models.outline import Outline
 from mka_export.needs import Need
 from mka_export.target import Target
+from mka_onnx.building import require_builder
 from mka_onnx.nodes import HEAD, MATRICES, eight_bits, node_name
+from mka_onnx.scope import require_expressible
 from mka_onnx.settings import read_settings
 
 FLOAT = 4
@@ -22,9 +24,11 @@ def need(model: Outline, target: Target) -> Need:
     The builder holds the whole model: as it is loaded, in float32, and in its own format.
 
     Raises:
-        ConversionError: as ``convert``, of the target's settings.
+        ConversionError, UnsupportedError: as ``check``, as far as there is no checkpoint to look into.
     """
     precision, options = read_settings(target)
+    require_builder()
+    require_expressible(model, precision, options)
     values = sum(map(prod, model.shapes.values()))
     embedding, tied = model.architecture.tensors["embedding"], model.architecture.tensors["head"] not in model.shapes
     eight, plain = set(eight_bits(precision, options, model.num_layers)), set() if tied else {embedding}
@@ -32,8 +36,10 @@ def need(model: Outline, target: Target) -> Need:
     for name, shape in model.shapes.items():
         if not precision.quantized:
             bits = float(precision.bits)
-        elif len(shape) == 1 or name in plain:
+        elif len(shape) == 1 or (name in plain and shape[1] % options.block_size):
             bits = 8 * FLOAT
+        elif name in plain:
+            bits = 8 + 8 * FLOAT / options.block_size
         else:
             codes = 8 if _node(model.architecture, name) in eight else 4
             bits = codes + (8 * FLOAT + (0 if options.symmetric else codes)) / options.block_size

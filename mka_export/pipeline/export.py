@@ -90,12 +90,8 @@ class Export(Job):
         self._exit.__exit__(*error)
 
     def _check_targets(self) -> None:
-        family = self.original.architecture.name
         for target in self.targets:
-            if target.families and family not in target.families:
-                raise UsageError(
-                    f"target {target.name} is for {', '.join(target.families)}, not {family}", "Choose another --to."
-                )
+            target.require_family(self.original.architecture.name)
             load_converter(target.converter).check(self.original, target)
 
     def _check_room(self) -> None:

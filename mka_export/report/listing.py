@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 from mka_export.models.catalog import catalog
+from mka_export.needs import size
 from mka_export.target import load_target, target_names
 
 
@@ -28,6 +30,22 @@ def print_targets() -> None:
     """Print every shipped target."""
     targets = [load_target(name) for name in target_names()]
     _print_columns([(t.name, t.precision, t.runtime, t.description) for t in targets])
+
+
+def print_offers(offers: Iterable[Mapping[str, Any]]) -> None:
+    """Print what each target would be for a model: ``pipeline.offers.Offer.to_dict`` of each."""
+    rows = [
+        (
+            offer["target"],
+            offer["precision"],
+            offer["runtime"],
+            f"cannot be made: {offer['problem']}"
+            if offer["problem"]
+            else f"at most {size(offer['nbytes'])}; making it takes {size(offer['memory'])} of memory",
+        )
+        for offer in offers
+    ]
+    _print_columns(rows)
 
 
 def _print_columns(rows: Sequence[Sequence[str]]) -> None:

@@ -46,11 +46,15 @@ def test_float32_computes_the_same(pico, runtime, convert_to):
     np.testing.assert_allclose(found, reference(pico), atol=1e-4)
 
 
-@pytest.mark.parametrize(("precision", "agreement"), [("int8", 0.9), ("int4", 0.6)])
-def test_quantized_computes_about_the_same(precision, agreement, pico_llama, convert_to):
-    found = np.stack(list(OnnxRuntime(convert_to(pico_llama, precision).path).log_probs(IDS)))
+@pytest.mark.parametrize(
+    ("model", "precision", "agreement"),
+    [("pico_llama", "int8", 0.9), ("pico_llama", "int4", 0.6), ("pico_qwen2", "int8", 0.9)],
+)
+def test_quantized_computes_about_the_same(model, precision, agreement, request, convert_to):
+    folder = request.getfixturevalue(model)
+    found = np.stack(list(OnnxRuntime(convert_to(folder, precision).path).log_probs(IDS)))
     assert np.isfinite(found).all()
-    assert (found.argmax(-1) == reference(pico_llama).argmax(-1)).mean() > agreement
+    assert (found.argmax(-1) == reference(folder).argmax(-1)).mean() > agreement
 
 
 @torch.no_grad()
