@@ -22,7 +22,6 @@ from mka_export.models.checkpoint import save_tensors
 from mka_export.workspace import write_atomically
 
 SCREENED = 8  # of the most similar pairs, whose damage is measured
-OPENING = 128  # tokens that each window of the probe begins with tell the damage: what follows does not change them
 WORST = 1e9  # damage of a merge that makes NaN or infinity
 
 
@@ -30,8 +29,8 @@ def least_damage(fuse: Fuse, settings: Settings, views: Views) -> Iterator[Choic
     """Yield, bottom up, those of the most similar neighbours whose merges turn the model least away from the original.
 
     A similarity guides and does not decide: of the ``SCREENED`` most similar pairs each is fused on trial, fitted to a
-    few windows, and the model with it run over others, those of the probe. Its damage is by how much the divergence of
-    the predictions there from the original's, KL(original ‖ model), grows. The least is merged, on these windows only,
+    few windows, and the model with it run over what others begin with, said twice. Its damage is by how much the
+    divergence of the predictions there from the original's, KL(original ‖ model), grows. The least is merged, on these windows only,
     and all is measured again; what was measured of a pair before counts as long as neither layer changes. On the
     one-shot schedule the similarity decides alone.
 
@@ -54,12 +53,12 @@ def least_damage(fuse: Fuse, settings: Settings, views: Views) -> Iterator[Choic
 
 def _chosen(fuse: Fuse, settings: Settings, views: Views) -> list[Step]:
     """Return the merges in the order in which they are chosen."""
-    probe, notes, openings = views.probe, _Notes(views.notes), _Openings(views.probe)
+    probe, notes, predictions = views.probe, _Notes(views.notes), _Predictions(views.echo)
     if len(notes.chosen) < settings.remove:
         for number in range(settings.remove):
             file, fused = views.trial.folder / f"chosen-{number}.safetensors", None
             if number == len(notes.chosen):
-                step, fused = _least_damaged(fuse, settings, views, openings, notes, file)
+                step, fused = _least_damaged(fuse, settings, views, predictions, notes, file)
                 notes.choose(step)
             step = notes.chosen[number]
             position, last = step.places([layer.span for layer in probe.layers])
@@ -73,18 +72,18 @@ def _chosen(fuse: Fuse, settings: Settings, views: Views) -> list[Step]:
 
 
 def _least_damaged(
-    fuse: Fuse, settings: Settings, views: Views, openings: _Openings, notes: _Notes, file: Path
+    fuse: Fuse, settings: Settings, views: Views, predictions: _Predictions, notes: _Notes, file: Path
 ) -> tuple[Step, Step | None]:
     """Return the pair, of the most similar ones, whose merge does least damage, and that whose layer is in ``file`` now."""
-    probe, similarities = views.probe, views.similarities.neighbours()
-    order = sorted(allowed_pairs(settings, probe), key=similarities.__getitem__, reverse=True)
+    similarities = views.similarities.neighbours()
+    order = sorted(allowed_pairs(settings, views.probe), key=similarities.__getitem__, reverse=True)
     steps = {place: _step(settings, views, place, similarities[place]) for place in order[:SCREENED]}
     new = [place for place, step in steps.items() if not notes.knows(step)]
     least = min((notes.damage(step) for step in steps.values() if notes.knows(step)), default=math.inf)
-    now, written = openings.divergence(probe.outcome(len(probe.layers), (), OPENING)) if new else 0.0, None
+    now, written = predictions.divergence(_without(views.echo)) if new else 0.0, None
     for place in new:
         fused, _ = fuse(views.trial, place, place + 1, steps[place].alpha)
-        damage = openings.divergence(_with(fused, probe, place)) - now
+        damage = predictions.divergence(_with(fused, views.echo, place)) - now
         notes.measure(steps[place], damage)
         if damage < least:
             least, written = damage, steps[place]
@@ -92,10 +91,14 @@ def _least_damaged(
     return min(steps.values(), key=notes.damage), written
 
 
-def _with(fused: Fused, probe: Trajectory, place: int) -> Tensor:
-    """Return the openings' final states if ``fused`` stood for the layer at ``place`` and the next."""
-    layers = chain([(probe.layers[place].first, lambda: fused)], probe.above(place + 1))
-    return probe.outcome(place, layers, OPENING)
+def _without(echo: Trajectory) -> Tensor:
+    """Return the final states as they are."""
+    return echo.outcome(len(echo.layers), ())
+
+
+def _with(fused: Fused, echo: Trajectory, place: int) -> Tensor:
+    """Return the final states if ``fused`` stood for the layer at ``place`` and the next."""
+    return echo.outcome(place, chain([(echo.layers[place].first, lambda: fused)], echo.above(place + 1)))
 
 
 def _step(settings: Settings, views: Views, place: int, similarity: float) -> Step:
@@ -158,28 +161,23 @@ def _key(step: Step) -> str:
     return f"{step.lower}+{step.upper}"
 
 
-class _Openings:
-    """What the original predicts after each token that the probe's windows begin with."""
+class _Predictions:
+    """What the original predicts after each token of some windows."""
 
-    def __init__(self, probe: Trajectory) -> None:
-        self._probe = probe
+    def __init__(self, echo: Trajectory) -> None:
+        self._echo = echo
 
     @cached_property
     def _original(self) -> list[Tensor]:
         """Log-probabilities of each window: (tokens, vocabulary)."""
-        probe, top = self._probe, self._probe.runner.checkpoint.num_layers
-        states = (probe.original(top, batch)[:, :OPENING] for batch in probe.batches())
-        return [self._predict(window) for batch in states for window in batch]
+        echo, top = self._echo, self._echo.runner.checkpoint.num_layers
+        return [self._predict(window) for batch in echo.batches() for window in echo.original(top, batch)]
 
     def _predict(self, states: Tensor) -> Tensor:
-        return self._probe.runner.logits(states).log_softmax(dim=-1)
+        return self._echo.runner.logits(states).log_softmax(dim=-1)
 
     def divergence(self, states: Tensor) -> float:
-        """Return the mean KL(original ‖ model) of the next token, in nats, that the openings' final states give.
-
-        Args:
-            states: (N, tokens, hidden).
-        """
+        """Return the mean KL(original ‖ model) of the next token, in nats, that final states (N, T, hidden) give."""
         total = 0.0
         for original, mine in zip(self._original, states, strict=True):
             total += float(functional.kl_div(self._predict(mine), original, reduction="batchmean", log_target=True))

@@ -6,7 +6,7 @@ import math
 
 from mka_export.merge.fuse import FLOAT
 from mka_export.merge.methods import METHODS
-from mka_export.merge.views import TRIAL_WINDOWS, probe_windows
+from mka_export.merge.views import ECHO, TRIAL_WINDOWS, probe_windows
 from mka_export.models.checkpoint import SHARD_BYTES
 from mka_export.models.outline import Outline
 from mka_export.models.runner import layer_pass_bytes
@@ -29,7 +29,9 @@ def merge_need(model: Outline, remove: int, method: str, tokens: int, window: in
     probe = len(probe_windows(windows))
     few = min(windows, probe + TRIAL_WINDOWS) if windows > probe else 0
     # The states of the original, and of the model under merge: those of the trials are freed before all are fitted.
-    states = (model.num_layers + 1) * (2 * tokens + (few + min(few, probe)) * window) * hidden * FLOAT
+    states = (
+        (model.num_layers + 1) * (2 * tokens + (few + min(few, probe)) * window + 4 * ECHO * probe) * hidden * FLOAT
+    )
     fit = (tokens * (2 * hidden + 1 + 2 * width) + 2 * width * hidden) * FLOAT
     largest = model.itemsize * max(map(math.prod, model.shapes.values()))
     return Need(

@@ -119,16 +119,13 @@ class Trajectory:
         for place in range(position + 1, len(self.layers)):
             yield self.layers[place].first, partial(self.weights, place)
 
-    def outcome(
-        self, position: int, layers: Iterable[tuple[int, Callable[[], Weights]]], tokens: int | None = None
-    ) -> Tensor:
+    def outcome(self, position: int, layers: Iterable[tuple[int, Callable[[], Weights]]]) -> Tensor:
         """Return the final states if from ``position`` on these layers stood: (N, T, hidden), all in memory.
 
         Args:
             layers: kind and weights of each.
-            tokens: of each window, from its start; all by default.
         """
-        states = [self.before(position, batch)[:, :tokens] for batch in self.batches()]
+        states = [self.before(position, batch) for batch in self.batches()]
         for kind, weights in layers:
             loaded = weights()
             states = [self.runner.run_layer(kind, loaded, batch) for batch in states]

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from mka_export.merge.similarity import Similarities
@@ -14,6 +15,7 @@ from mka_export.merge.trajectory import Trajectory
 from mka_export.models.runner import LayerRunner
 
 TRIAL_WINDOWS = 16
+ECHO = 64  # tokens that come twice
 STATES = "states-"
 
 
@@ -72,17 +74,28 @@ class Views:
         folder = self.everything.folder.with_name("trial")
         return Trajectory(self.everything.runner, ids, folder, _spread(left, TRIAL_WINDOWS))
 
+    @cached_property
+    def echo(self) -> Trajectory:
+        """The model on what the probe's windows begin with, each twice in a row: (windows, 2 · ``ECHO``).
+
+        The second time a model that copies from its context knows what comes. Text seldom repeats itself so soon, so that
+        elsewhere it does not show whether a merge takes that away.
+        """
+        begun = self.probe.ids[:, :ECHO]
+        folder = self.everything.folder.with_name("echo")
+        return Trajectory(self.probe.runner, torch.cat([begun, begun], dim=1), folder)
+
     def replace(self, position: int, last: int, file: Path) -> None:
         """Put one layer, with the float32 weights in ``file``, in the place of those from ``position`` to ``last``."""
         self._replace({self.everything, self.probe}, position, last, file)
 
     def replace_on_trial(self, position: int, last: int, file: Path) -> None:
         """Do so on the windows that choices are made by only; ``reset`` ends it."""
-        self._replace({self.probe, self.trial}, position, last, file)
+        self._replace({self.probe, self.echo, self.trial}, position, last, file)
 
     def reset(self) -> None:
         """Make the model under merge the original again."""
-        for each in {self.everything, self.probe, self.trial}:
+        for each in {self.everything, self.probe, self.echo, self.trial}:
             each.reset()
         self.similarities.forget(0)
 

@@ -15,14 +15,12 @@ from mka_export.merge.compete import compete
 from mka_export.merge.stage import trial
 from mka_export.merge.steps import Step
 from mka_export.merge.trajectory import Trajectory
-from mka_export.merge.views import Views, probe_windows
+from mka_export.merge.views import ECHO, Views, probe_windows
 from mka_export.models.checkpoint import Checkpoint
 from mka_export.models.runner import LayerRunner
 
 IDS = torch.from_numpy(WINDOWS)
 THREE = settings(remove=3, protect=0)
-
-OPENING = 20
 
 
 def notes_of(pieces) -> dict:
@@ -31,14 +29,12 @@ def notes_of(pieces) -> dict:
 
 @pytest.fixture(scope="module")
 def plan(pico_llama, tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(damage, "OPENING", OPENING)  # the windows have 48 tokens
-        out = merged(pico_llama, tmp_path_factory.mktemp("damage") / "out", THREE)
+    out = merged(pico_llama, tmp_path_factory.mktemp("damage") / "out", THREE)
     return json.loads((out / "plan.json").read_text()), notes_of(out.with_name("out-pieces"))
 
 
 def test_damage_is_how_much_the_predictions_turn_away(pico_llama, plan, tmp_path):
-    """Of one pair, worked out with transformers: fitted to some windows, measured on others."""
+    """Of one pair, worked out with transformers: fitted to some windows, measured on others, which are said twice."""
     views = Views.of(LayerRunner(Checkpoint.open(pico_llama)), IDS, "npib", tmp_path, tmp_path)
     probed, tried = list(views.probe.windows), list(views.trial.windows)
     assert probed == probe_windows(len(IDS))
@@ -51,10 +47,10 @@ def test_damage_is_how_much_the_predictions_turn_away(pico_llama, plan, tmp_path
     for index, layer in enumerate(shallow.model.layers):
         layer.self_attn.layer_idx = index
     shallow.config.num_hidden_layers -= 1
+    assert IDS.shape[1] < ECHO
+    twice = IDS[probed].repeat(1, 2)
     with torch.no_grad():
-        p, q = (
-            m(IDS[probed], use_cache=False).logits[:, :OPENING].double().log_softmax(-1) for m in (original, shallow)
-        )
+        p, q = (m(twice, use_cache=False).logits.double().log_softmax(-1) for m in (original, shallow))
     expected = float((p.exp() * (p - q)).sum(-1).mean())
     assert plan[1]["damages"]["[2, 2]+[3, 3]"] == pytest.approx(expected, rel=1e-3)
 
@@ -126,13 +122,13 @@ def test_merges_of_one_layer_keep_their_order():
 
 def test_what_was_measured_is_not_measured_again(pico_llama, plan, tmp_path, monkeypatch):
     """Of a choice that was killed, and for another number of layers: the plan is that of an undisturbed run."""
-    measured, divergence = [], damage._Openings.divergence
+    measured, divergence = [], damage._Predictions.divergence
 
-    def counted(openings, states):
+    def counted(predictions, states):
         measured.append(0)
-        return divergence(openings, states)
+        return divergence(predictions, states)
 
-    monkeypatch.setattr(damage._Openings, "divergence", counted)
+    monkeypatch.setattr(damage._Predictions, "divergence", counted)
     folders = [tmp_path / name for name in ("two", "three", "pieces", "states")]
     for folder in folders:
         folder.mkdir()
