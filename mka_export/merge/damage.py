@@ -30,9 +30,9 @@ def least_damage(fuse: Fuse, settings: Settings, views: Views) -> Iterator[Choic
 
     A similarity guides and does not decide: of the ``SCREENED`` most similar pairs each is fused on trial, fitted to a
     few windows, and the model with it run over what others begin with, said twice. Its damage is by how much the
-    divergence of the predictions there from the original's, KL(original ‖ model), grows. The least is merged, on these windows only,
-    and all is measured again; what was measured of a pair before counts as long as neither layer changes. On the
-    one-shot schedule the similarity decides alone.
+    divergence of the predictions there from the original's, KL(original ‖ model), grows. The least is merged, on these
+    windows only, and all is measured again; what was measured of a pair before counts as long as neither layer changes.
+    On the one-shot schedule the similarity decides alone.
 
     When all are chosen, they are yielded from the lowest to the highest, so that every fit to all windows sees the
     stream that the merges below it leave, and no layer is run over all of them twice.
