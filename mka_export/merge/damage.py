@@ -75,25 +75,20 @@ def _least_damaged(
     fuse: Fuse, settings: Settings, views: Views, predictions: _Predictions, notes: _Notes, file: Path
 ) -> tuple[Step, Step | None]:
     """Return the pair, of the most similar ones, whose merge does least damage, and that whose layer is in ``file`` now."""
-    similarities = views.similarities.neighbours()
+    echo, similarities = views.echo, views.similarities.neighbours()
     order = sorted(allowed_pairs(settings, views.probe), key=similarities.__getitem__, reverse=True)
     steps = {place: _step(settings, views, place, similarities[place]) for place in order[:SCREENED]}
     new = [place for place, step in steps.items() if not notes.knows(step)]
     least = min((notes.damage(step) for step in steps.values() if notes.knows(step)), default=math.inf)
-    now, written = predictions.divergence(_without(views.echo)) if new else 0.0, None
+    now, written = predictions.divergence(echo.outcome(len(echo.layers), ())) if new else 0.0, None
     for place in new:
         fused, _ = fuse(views.trial, place, place + 1, steps[place].alpha)
-        damage = predictions.divergence(_with(fused, views.echo, place)) - now
+        damage = predictions.divergence(_with(fused, echo, place)) - now
         notes.measure(steps[place], damage)
         if damage < least:
             least, written = damage, steps[place]
             save_tensors(fused, file)
     return min(steps.values(), key=notes.damage), written
-
-
-def _without(echo: Trajectory) -> Tensor:
-    """Return the final states as they are."""
-    return echo.outcome(len(echo.layers), ())
 
 
 def _with(fused: Fused, echo: Trajectory, place: int) -> Tensor:
