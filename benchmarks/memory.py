@@ -13,6 +13,7 @@ from __future__ import annotations
 import itertools
 import json
 import shlex
+import shutil
 import subprocess
 import sys
 import threading
@@ -37,6 +38,7 @@ FINISHED = (0, 3, 4)  # exit codes: a verdict was reached, whatever it is
 
 def make_model(folder: Path, config: LlamaConfig) -> None:
     """Write a checkpoint with random weights in bfloat16, scaled so that the residual stream stays moderate."""
+    shutil.rmtree(folder, ignore_errors=True)  # half-made
     folder.mkdir(parents=True)
     pico_tokenizer(folder)  # all other rows of the embedding are padding
     with torch.device("meta"):
