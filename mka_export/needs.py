@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import re
 import shutil
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -10,6 +12,7 @@ from pathlib import Path
 from mka_export.errors import MkaError
 
 GB = 10**9
+UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": GB, "MIB": 2**20, "GIB": 2**30}
 
 
 @dataclass(frozen=True)
@@ -20,11 +23,13 @@ class Need:
         kept: bytes on disk that stay.
         scratch: bytes on disk besides, while it works.
         memory: bytes of anonymous memory: that of mapped files can be given back at any time, and is not counted.
+        cache: bytes that the key-value cache of an artifact takes for each token, where it runs.
     """
 
     kept: int = 0
     scratch: int = 0
     memory: int = 0
+    cache: int = 0
 
 
 def disk_peak(needs: Iterable[Need]) -> int:
@@ -63,3 +68,16 @@ def require_room(folder: Path, nbytes: int, what: str, remedy: str) -> None:
 def size(nbytes: int) -> str:
     """Write a number of bytes for people: ``16.06 GB`` or ``98.2 MB``."""
     return f"{nbytes / GB:.2f} GB" if nbytes >= GB else f"{nbytes / 1e6:.1f} MB"
+
+
+def parse_size(text: str) -> int:
+    """Read a number of bytes, with a unit or without: ``800MB``, ``1.5 GB``, ``700MiB``.
+
+    Raises:
+        ValueError: it is none, or less than a byte.
+    """
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", text)
+    nbytes = float(found[1]) * UNITS.get(found[2].upper(), 0) if found else 0.0
+    if not 1 <= nbytes < math.inf:
+        raise ValueError(f"{text!r} is no size, as 800MB or 1.5GB are")
+    return int(nbytes)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import functools
 import math
-import re
 from collections.abc import Callable
 from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import click
+
+from mka_export.needs import parse_size
 
 ITERATIVE, ONE_SHOT = "iterative", "one-shot"
 AUTO = "auto"
@@ -47,15 +48,13 @@ class Size(click.types.IntParamType):
     """Bytes, with a unit or without: 800MB, 1.5GB, 700MiB."""
 
     name = "size"
-    units: ClassVar[dict[str, int]] = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "MIB": 2**20, "GIB": 2**30}
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
         """Turn what was typed into a number of bytes."""
-        found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", str(value))
-        size = float(found[1]) * self.units.get(found[2].upper(), 0) if found else 0.0
-        if not 1 <= size < math.inf:
-            self.fail(f"{value!r} is no size, as 800MB or 1.5GB are.", param, ctx)
-        return int(size)
+        try:
+            return parse_size(str(value))
+        except ValueError as error:
+            self.fail(f"{error}.", param, ctx)
 
 
 def option(default: Any, help: str, **click_arguments: Any) -> Any:

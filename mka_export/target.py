@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from mka_export.data import data_folder, read_toml, value_of
-from mka_export.errors import MkaError, UsageError, unknown_name
-from mka_export.needs import Need
+from mka_export.errors import ConversionError, MkaError, UsageError, unknown_name
+from mka_export.needs import Need, parse_size, size
 from mka_export.progress import Progress
 
 if TYPE_CHECKING:
@@ -39,6 +39,23 @@ class Limits:
 
 
 @dataclass(frozen=True)
+class Budget:
+    """What the devices that a target is for have for a model.
+
+    Attributes:
+        memory: bytes, for its weights and its key-value cache together.
+        context: tokens that the cache has to hold.
+    """
+
+    memory: int
+    context: int
+
+    def taken(self, nbytes: int, cache: int) -> int:
+        """Return the bytes that an artifact of ``nbytes`` takes with a full cache, of which a token takes ``cache``."""
+        return nbytes + self.context * cache
+
+
+@dataclass(frozen=True)
 class Target:
     """One file of ``targets/``.
 
@@ -51,6 +68,7 @@ class Target:
         activations: whether the converter is given column statistics of the calibration text,
         calibration: and whether the text itself.
         families: architectures it can express; empty for all.
+        budget: what the devices it is for have; None where it is for no certain ones.
         conversion: limits against the checkpoint it was made from.
         compression: limits against the original model.
         options: anything else the converter understands.
@@ -66,6 +84,7 @@ class Target:
     activations: bool = False
     calibration: bool = False
     families: tuple[str, ...] = ()
+    budget: Budget | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
 
     def require_family(self, family: str) -> None:
@@ -77,6 +96,24 @@ class Target:
         if self.families and family not in self.families:
             raise UsageError(
                 f"target {self.name} is for {', '.join(self.families)}, not {family}", "Choose another --to."
+            )
+
+    def require_budget(self, need: Need) -> None:
+        """Check that an artifact fits the devices that the target is for.
+
+        Args:
+            need: its converter's, for the model.
+
+        Raises:
+            ConversionError: it may not.
+        """
+        if self.budget is None:
+            return
+        if (taken := self.budget.taken(need.kept, need.cache)) > self.budget.memory:
+            raise ConversionError(
+                f"target {self.name} is for devices with {size(self.budget.memory)} for a model; this one may take "
+                f"{size(taken)}, {size(taken - need.kept)} of it for {self.budget.context:,} tokens of context",
+                "Remove more layers, or choose another --to.",
             )
 
 
@@ -185,6 +222,7 @@ def _target(name: str, data: Mapping[str, Any]) -> Target:
         activations=value_of(data, "activations", bool),
         calibration=value_of(data, "calibration", bool),
         families=tuple(families),
+        budget=_budget(value_of(data, "budget", dict)) if "budget" in data else None,
         options=value_of(data, "options", dict),
     )
 
@@ -196,6 +234,14 @@ def _limits(data: Mapping[str, Any]) -> Limits:
         if limit < 0 or (name == "min_top1" and limit > 1):
             raise ValueError(f"{name} = {limit} cannot be")
     return Limits(**limits)
+
+
+def _budget(data: Mapping[str, Any]) -> Budget:
+    _require_known(data, "field of budget", {f.name for f in fields(Budget)})
+    context = value_of(data, "context", int)
+    if context < 1:
+        raise ValueError(f"context = {context} cannot be")
+    return Budget(parse_size(value_of(data, "memory", str)), context)
 
 
 def _require_known(data: Mapping[str, Any], kind: str, known: set[str]) -> None:

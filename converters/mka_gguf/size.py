@@ -14,6 +14,7 @@ from mka_gguf.settings import Precision, read_settings
 
 TOKEN_BYTES = 64  # of metadata for each token of a vocabulary, with its merges
 HEADER_BYTES = 1 << 20
+CACHE_ITEMSIZE = 2  # llama.cpp keeps keys and values in float16
 BETTER_TYPE = GGMLQuantizationType.Q6_K  # of the head, and of some matrices, in every mix below it
 BETTER = ("v", "down", "o")  # the roles of those matrices
 BETTER_SHARE = 0.6  # of them, at most: half of the layers, rounded up
@@ -42,7 +43,8 @@ def need(model: Outline, target: Target) -> Need:
     memory = 3 * own * largest  # as it is stored, reordered, and in the file's type
     if precision.quantized:
         memory = max(memory, (4 + 1) * largest + BUFFER_BYTES)  # in float32, and its quantized rows
-    return Need(kept=size, scratch=model.nbytes + HEADER_BYTES if precision.quantized else 0, memory=memory)
+    scratch = model.nbytes + HEADER_BYTES if precision.quantized else 0
+    return Need(kept=size, scratch=scratch, memory=memory, cache=CACHE_ITEMSIZE * model.cache_values)
 
 
 def _tensor_bytes(model: Outline, name: str, precision: Precision) -> float:

@@ -15,7 +15,6 @@ from mka_export.child import Child
 from mka_export.errors import ConversionError
 from mka_export.progress import Task
 
-PROVIDER = "cpu"  # whose operators the graph is made of
 INSTALL = "Install it: pip install 'mka-export[onnx]'."
 LAYER = "Reading layer"  # what the builder prints before each
 SAVE = "Saving ONNX model"
@@ -25,6 +24,7 @@ def build(
     source: Path,
     out: Path,
     precision: str,
+    provider: str,
     options: Mapping[str, str],
     weights: Mapping[str, Any] | None,
     task: Task,
@@ -33,6 +33,7 @@ def build(
 
     Args:
         precision: the builder's name of a number format.
+        provider: its name of an execution provider.
         options: the builder's extra options.
         weights: its ``quant_config.weights``, where these are to be quantized.
         task: advanced once a layer, and once when the graph is being saved.
@@ -41,7 +42,8 @@ def build(
         ConversionError: the builder is not installed or fails; the message carries its last words.
         RuntimeFailure: it crashes, hangs, or is killed for want of memory.
     """
-    with Child("onnxruntime-genai's model builder", _build, source, out, precision, dict(options), weights) as child:
+    arguments = (source, out, precision, provider, dict(options), weights)
+    with Child("onnxruntime-genai's model builder", _build, *arguments) as child:
         while (line := child.receive()) is not None:
             if line.startswith((LAYER, SAVE)):
                 task.advance()
@@ -53,11 +55,12 @@ def _build(
     source: Path,
     out: Path,
     precision: str,
+    provider: str,
     options: dict[str, str],
     weights: Mapping[str, Any] | None,
 ) -> None:
     os.environ["HF_HUB_OFFLINE"] = "1"
-    where = ("", str(source), str(out), precision, PROVIDER, str(out / "cache"))
+    where = ("", str(source), str(out), precision, provider, str(out / "cache"))
     words = [f"{name}={value}" for name, value in options.items()]
     structured = {"quant_config": {"weights": weights}} if weights else None
     with redirect_stdout(_Lines(connection)), redirect_stderr(io.StringIO()):  # the latter gets progress bars

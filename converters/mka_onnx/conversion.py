@@ -16,9 +16,10 @@ from mka_export.models.outline import Outline
 from mka_export.needs import size
 from mka_export.progress import Progress
 from mka_export.target import Artifact, Target
-from mka_onnx.building import PROVIDER, build, require_builder
+from mka_onnx.building import build, require_builder
 from mka_onnx.calibrated import fit_weights
 from mka_onnx.folder import finish
+from mka_onnx.nbits import accuracy_level
 from mka_onnx.nodes import builder_weights
 from mka_onnx.scope import require_expressible
 from mka_onnx.settings import builder_options, fitted, read_settings
@@ -63,7 +64,8 @@ def convert(
         progress: told what is going on.
 
     Returns:
-        the artifact; ``details`` tells ``graph``, ``provider`` and ``warnings``.
+        the artifact; ``details`` tells ``graph``, ``provider`` (whose operators it is made of), ``accuracy_level`` (of its
+        quantized matrices, else None) and ``warnings``.
 
     Raises:
         ConversionError: an option is wrong, the model is damaged, the disk is full, the memory does not suffice.
@@ -94,6 +96,7 @@ def _convert(
             checkpoint.path,
             folder,
             "int4" if precision.quantized else target.precision,
+            precision.provider,
             builder_options(precision, options),
             builder_weights(precision, options, checkpoint.num_layers, tied) if precision.quantized else None,
             task,
@@ -109,5 +112,10 @@ def _convert(
         path=folder,
         files=tuple(f"{folder.name}/{name}" for name in files),
         nbytes=sum(path.stat().st_size for path in files.values()),
-        details={"graph": precision.graph, "provider": PROVIDER, "warnings": warnings},
+        details={
+            "graph": precision.graph,
+            "provider": precision.provider,
+            "accuracy_level": accuracy_level(folder / precision.graph),
+            "warnings": warnings,
+        },
     )

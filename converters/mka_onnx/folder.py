@@ -62,7 +62,7 @@ def finish(folder: Path, source: Path, precision: Precision, block: int) -> list
             _refer(tensor, data.name)
         onnx.save(model, graph)
     decoder["filename"] = precision.graph
-    decoder["session_options"].pop("log_id", None)
+    decoder["session_options"] = {"provider_options": []}  # whoever has another provider names it
     _write(folder / GENAI_CONFIG, config)
     for_browser = {"dtype": precision.dtype, **({"use_external_data_format": True} if external else {})}
     _write(folder / CONFIG, {**load_json(source / CONFIG), "transformers.js_config": for_browser})

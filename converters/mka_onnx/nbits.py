@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from onnx import ModelProto, TensorProto, numpy_helper
 from torch import Tensor
 
+from mka_export.models.onnx_file import read_graph
 from mka_onnx.gptq import Blocks
 
 MATMUL = "MatMulNBits"
@@ -76,6 +77,17 @@ def quantized_matrices(model: ModelProto, folder: Path) -> Iterator[NBits]:
             about = {attribute.name: attribute.i for attribute in node.attribute}
             given = tuple(tensors[name] for name in node.input[1:4] if name)  # B, scales, zero points if any
             yield NBits(node.name, about["bits"], about["block_size"], (about["N"], about["K"]), given, folder)
+
+
+def accuracy_level(graph: Path) -> int | None:
+    """Return how roughly the inputs of a graph's quantized matrices may be rounded, as its file has it; None without such.
+
+    It is ``MatMulNBits``' attribute: 1 float32, 2 float16, 3 bfloat16, 4 int8; 0 leaves it to the provider. If the
+    matrices differ, the highest.
+    """
+    nodes = (node for node in read_graph(graph).graph.node if node.op_type == MATMUL)
+    levels = [attribute.i for node in nodes for attribute in node.attribute if attribute.name == "accuracy_level"]
+    return max(levels, default=None)
 
 
 def _pack(values: Tensor, bits: int) -> NDArray[np.uint8]:

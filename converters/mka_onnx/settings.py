@@ -17,12 +17,19 @@ class Precision:
         suffix: of the graph's file name, by which transformers.js finds it.
         bits: of a weight of a matrix.
         quantized: the matrices are ``MatMulNBits``, in blocks with a scale.
+        provider: for whose operators the builder makes the graph: for the CPU it takes attention of float16 apart.
     """
 
     dtype: str
     suffix: str
     bits: int
     quantized: bool = False
+    provider: str = "cpu"
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes of a number of the key-value cache."""
+        return 2 if self.bits == 16 else 4
 
     @property
     def graph(self) -> str:
@@ -33,7 +40,7 @@ class Precision:
 # The names are the builder's; dtypes and suffixes those of transformers.js (its utils/dtypes.js).
 PRECISIONS = {
     "fp32": Precision("fp32", "", 32),
-    "fp16": Precision("fp16", "_fp16", 16),
+    "fp16": Precision("fp16", "_fp16", 16, provider="webgpu"),
     "int8": Precision("q8", "_quantized", 8, quantized=True),
     "int4": Precision("q4", "_q4", 4, quantized=True),
 }

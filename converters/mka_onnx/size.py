@@ -46,7 +46,7 @@ def need(model: Outline, target: Target) -> Need:
         kept += int(prod(shape) * bits / 8)
     if tied and not precision.quantized:  # the graph has a transposed copy of what is tied
         kept += precision.bits // 8 * prod(model.shapes[embedding])
-    return Need(kept=kept, memory=2 * FLOAT * values + kept)
+    return Need(kept=kept, memory=2 * FLOAT * values + kept, cache=precision.itemsize * model.cache_values)
 
 
 def _node(architecture: Architecture, name: str) -> str:

@@ -99,6 +99,16 @@ class Outline:
         inside = {self.architecture.split(name): shape for name, shape in self.shapes.items()}
         return {name: shape for (index, name), shape in inside.items() if index == 0}
 
+    @property
+    def cache_values(self) -> int:
+        """How many numbers the key-value cache of all layers holds for each token."""
+        parts = ((self.architecture.split(name), shape) for name, shape in self.shapes.items())
+        return sum(
+            shape[0]
+            for (index, inside), shape in parts
+            if index is not None and self.architecture.roles[inside] in ("k", "v")
+        )
+
     def with_layers(self, count: int) -> Outline:
         """Return the same model with only the first ``count`` layers."""
         kept = {n: s for n, s in self.shapes.items() if (self.architecture.split(n)[0] or 0) < count}

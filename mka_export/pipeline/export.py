@@ -140,6 +140,8 @@ class Export(Job):
             stages[f"{PARITY}/{[*stages][-1]}"] = Need(memory=measuring_bytes(model, 0, *windows))
         for target in self.targets:
             made = load_converter(target.converter).need(shallow, target)
+            if not searches:
+                target.require_budget(made)
             stages[target.name] = made
             stages[f"{PARITY}/{target.name}"] = Need(memory=measuring_bytes(model, made.kept, *windows))
         if searches:  # where one layer less goes after all, what was made is replaced
@@ -284,8 +286,9 @@ class Export(Job):
             "calibration": self.calibration.sha256 if target.calibration else None,
         }
 
+        converter = load_converter(target.converter)
+
         def make(folder: Path, pieces: Path) -> None:
-            converter = load_converter(target.converter)
             made = converter.convert(
                 checkpoint,
                 target,
@@ -299,6 +302,8 @@ class Export(Job):
             write_json(folder / ARTIFACT, fields)
 
         try:
+            need = converter.need(Outline.of_checkpoint(checkpoint), target)
+            target.require_budget(need)
             stage = self.workspace.stage(target.name, inputs, make)
         except ConversionError as error:
             self.progress.say(f"{target.name}: {error}")
@@ -307,6 +312,7 @@ class Export(Job):
             return {
                 "name": target.name,
                 "artifact": None,
+                "budget": None,
                 "runtime": runtime,
                 "tokenizer": None,
                 "samples": [],
@@ -314,7 +320,11 @@ class Export(Job):
             }
         made = read_json(stage.path / ARTIFACT)
         artifact = Artifact(stage.path / made["path"], tuple(made["files"]), made["nbytes"], made["details"])
-        return self._measured(artifact, checkpoint, target, stage)
+        entry = self._measured(artifact, checkpoint, target, stage)
+        if target.budget is not None:
+            taken = target.budget.taken(artifact.nbytes, need.cache)
+            entry["budget"] = {**dataclasses.asdict(target.budget), "taken": taken}
+        return entry
 
     def _measured(self, artifact: Artifact, checkpoint: Checkpoint, target: Target, made: Stage) -> dict[str, Any]:
         inputs = {

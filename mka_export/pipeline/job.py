@@ -234,6 +234,7 @@ class Job:
         entry: dict[str, Any] = {
             "name": target.name,
             "artifact": self._describe(artifact, files),
+            "budget": None,
             "runtime": {"name": target.runtime, "device": "", "versions": versions(*RUNTIME_PACKAGES[target.runtime])},
             "tokenizer": None,
             "samples": [],

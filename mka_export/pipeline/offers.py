@@ -62,6 +62,8 @@ def _offer(target: Target, model: Outline, here: Checkpoint | None) -> Offer:
         converter = load_converter(target.converter)
         if here is not None:
             converter.check(here, target)
-        return Offer(target, converter.need(model, target), None)
+        need = converter.need(model, target)
+        target.require_budget(need)
+        return Offer(target, need, None)
     except MkaError as error:
         return Offer(target, None, str(error))

@@ -103,6 +103,12 @@ def _print_target(target: Mapping[str, Any], console: Console) -> None:
     if target["artifact"]:
         for line in _about_the_artifact(target["artifact"]):
             console.print(Text(line))
+    if budget := target["budget"]:
+        console.print(
+            Text(
+                f"Memory    {size(budget['taken'])} of {size(budget['memory'])}, with {budget['context']:,} tokens of context"
+            )
+        )
     versions = ", ".join(f"{name} {version}" for name, version in runtime["versions"].items())
     where = f" on {runtime['device']}" if runtime["device"] else ""
     console.print(Text(f"Runtime   {runtime['name']}{where}" + (f" ({versions})" if versions else "")))
@@ -128,6 +134,10 @@ def _about_the_artifact(artifact: Mapping[str, Any]) -> Iterator[str]:
         + (f", {100 * share:.1f} % of the original" if share is not None else "")
         + (f", {bits:.2f} bits a weight" if bits is not None else "")
     )
+    if graph := details.get("graph"):
+        level = details.get("accuracy_level")
+        rounding = f", accuracy level {level}" if level is not None else ""
+        yield f"Graph     {graph}, of operators for {details['provider']}{rounding}"
     if types := details.get("types"):
         yield f"Tensors   {_counts(types)}"
     if fallbacks := details.get("fallback_types"):

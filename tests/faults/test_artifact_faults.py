@@ -57,6 +57,21 @@ def test_refused_unknown_precision(model, refused, tmp_path):
     )
 
 
+def test_refused_larger_than_the_device(model, refused, tmp_path):
+    """the artifact and its key-value cache are larger than what the target's devices have: found before the merge"""
+    target = tmp_path / "watch.toml"
+    target.write_text(
+        'description = "a watch"\nconverter = "gguf"\nprecision = "f16"\nruntime = "llama.cpp"\n'
+        '[budget]\nmemory = "2 MB"\ncontext = 2048\n'
+    )
+    refused(
+        [model, *MERGE, "--to", target, *SMALL, "--out", "{out}", "--quiet"],
+        "target watch is for devices with 2.0 MB for a model",
+        "for 2,048 tokens of context",
+        "choose another --to",
+    )
+
+
 def test_survived_hostile_chat_template(model, tmp_path):
     """the chat template tries to run code: it is carried into the artifact as text, and never rendered"""
     witness = tmp_path / "witness"

@@ -46,6 +46,14 @@ def test_float32_computes_the_same(pico, runtime, convert_to):
     np.testing.assert_allclose(found, reference(pico), atol=1e-4)
 
 
+@pytest.mark.parametrize("runtime", RUNTIMES)
+def test_float16_computes_the_same_on_the_cpu(pico, runtime, convert_to):
+    made = convert_to(pico, "fp16")
+    assert made.path.joinpath("onnx", "model_fp16.onnx").is_file()
+    found, expected = np.stack(list(runtime(made.path).log_probs(IDS))), reference(pico)
+    assert (np.exp(expected) * (expected - found)).sum(-1).mean() < 1e-4  # KL, nats
+
+
 @pytest.mark.parametrize(
     ("model", "precision", "agreement"),
     [("pico_llama", "int8", 0.9), ("pico_llama", "int4", 0.6), ("pico_qwen2", "int8", 0.9)],
@@ -88,6 +96,7 @@ def test_the_folder_is_what_every_client_looks_for(pico_llama, convert_to):
     assert made.nbytes == sum((made.path.parent / name).stat().st_size for name in made.files)
     genai = json.loads((made.path / "genai_config.json").read_text())
     assert genai["model"]["decoder"]["filename"] == "onnx/model_q4.onnx"
+    assert made.details["accuracy_level"] == 4  # as docs/onnx.md has it
     config = json.loads((made.path / "config.json").read_text())
     assert config["transformers.js_config"] == {"dtype": "q4", "use_external_data_format": True}
     graph = onnx.load(made.path / "onnx" / "model_q4.onnx", load_external_data=False).graph
@@ -101,12 +110,30 @@ def test_the_folder_is_what_every_client_looks_for(pico_llama, convert_to):
 
 @pytest.mark.parametrize(
     ("model", "precision"),
-    [("pico_llama", "fp32"), ("pico_llama", "int8"), ("pico_llama", "int4"), ("pico_qwen2", "int8")],
+    [
+        ("pico_llama", "fp32"),
+        ("pico_llama", "fp16"),
+        ("pico_llama", "int8"),
+        ("pico_llama", "int4"),
+        ("pico_qwen2", "int8"),
+    ],
 )
-def test_the_size_is_known_beforehand(model, precision, request, convert_to):
+def test_size_and_cache_are_known_beforehand(model, precision, request, convert_to):
     folder = request.getfixturevalue(model)
-    expected = need(Outline.of_checkpoint(Checkpoint.open(folder)), target(precision)).kept
-    assert convert_to(folder, precision).nbytes <= expected
+    expected, made = (
+        need(Outline.of_checkpoint(Checkpoint.open(folder)), target(precision)),
+        convert_to(folder, precision),
+    )
+    assert made.nbytes <= expected.kept
+    inputs = onnx.load(made.path / made.details["graph"], load_external_data=False).graph.input
+    caches = [each.type.tensor_type for each in inputs if each.name.startswith("past_key_values.")]
+    each_token = [
+        np.dtype(onnx.helper.tensor_dtype_to_np_dtype(cache.elem_type)).itemsize
+        * cache.shape.dim[1].dim_value
+        * cache.shape.dim[3].dim_value
+        for cache in caches
+    ]
+    assert expected.cache == sum(each_token)
 
 
 @pytest.mark.parametrize(

@@ -42,6 +42,26 @@ def test_both_formats_come_from_one_merge_and_are_measured_in_their_runtimes(mod
     assert type_in("verify", out, "--quiet").exit_code == 0
 
 
+def test_what_an_artifact_takes_of_a_device_is_reported(model, tmp_path):
+    target = tmp_path / "phone.toml"
+    target.write_text(
+        'description = "a phone"\nconverter = "onnx"\nprecision = "fp32"\nruntime = "onnxruntime"\n'
+        '[budget]\nmemory = "1 GB"\ncontext = 100\n[compression]\nmax_ppl_ratio = 50\n'
+    )
+    out = tmp_path / "out"
+    result = type_in(model, "--ratio", "0.2", "--protect", "1", "--to", target, "--out", out, *SMALL)
+    assert result.exit_code in (0, 4), result.output
+    (entry,) = json.loads((out / "report.json").read_text())["targets"]
+    config = json.loads((model / "config.json").read_text())
+    cache = 2 * 5 * config["num_key_value_heads"] * config["head_dim"] * 4  # keys and values of five layers, float32
+    assert entry["budget"] == {
+        "memory": 10**9,
+        "context": 100,
+        "taken": entry["artifact"]["nbytes"] + 100 * cache,
+    }
+    assert "of 1.00 GB, with 100 tokens of context" in result.stdout
+
+
 def test_anybodys_folder_is_checked(model, convert_to, pico_llama):
     result = type_in("check", convert_to(pico_llama, "fp32").path, "--against", model, *SMALL, *LOOSE, "--json")
     assert result.exit_code in (0, 4), result.output

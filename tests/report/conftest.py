@@ -49,6 +49,7 @@ def target() -> dict[str, Any]:
                 "bits_per_weight": 6.1,
             },
         },
+        "budget": None,
         "runtime": {"name": "llama.cpp", "device": "cpu", "versions": {"llama-cpp-python": "0.3.36"}},
         "tokenizer": {"identical": True, "texts": 40, "first_difference": None},
         "steps": [
