@@ -17,7 +17,7 @@ from mka_export.models.onnx_file import read_graph
 from mka_export.models.runner import LayerRunner, check_finite
 from mka_export.models.statistics import Grams
 from mka_export.progress import Progress
-from mka_onnx.gptq import quantize
+from mka_onnx.gptq import fit_scales, quantize
 from mka_onnx.nbits import NBits, quantized_matrices
 from mka_onnx.nodes import MATRICES, node_name
 
@@ -69,7 +69,7 @@ def _fit(matrix: NBits, names: list[str], weights: Mapping[str, Tensor], grams: 
     if whole.shape != matrix.shape or (matrix.read().dequantize() - whole).norm() > ALIKE * whole.norm():
         raise _unknown(f"the builder's {matrix.name} is not {' + '.join(names)}")
     gram = grams[names[0].removesuffix(".weight")]
-    blocks = quantize(whole, gram, matrix.bits, matrix.block, matrix.symmetric)
+    blocks = fit_scales(quantize(whole, gram, matrix.bits, matrix.block, matrix.symmetric), whole, gram)
     matrix.write(blocks)
     parts = torch.split(blocks.dequantize(), [len(weights[name]) for name in names])
     return dict(zip(names, parts, strict=True))

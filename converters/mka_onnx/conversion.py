@@ -101,7 +101,7 @@ def _convert(
             builder_weights(precision, options, checkpoint.num_layers, tied) if precision.quantized else None,
             task,
         )
-    warnings = finish(folder, checkpoint.path, precision, options.block_size)
+    warnings = finish(folder, checkpoint, precision, options.eight_bit_block)
     if fitted(precision, options):
         assert calibration is not None  # ``check`` looked whether the target asks for it
         fit_weights(folder / precision.graph, checkpoint, calibration, progress)

@@ -5,14 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
 from onnx import GraphProto, NodeProto, TensorProto, helper, numpy_helper
+
+from mka_onnx.eight_bits import MIDDLE, round_to_8_bits
 
 LOOKUP = "GatherBlockQuantized"
 OWN = "/model/embed_tokens/Gather"  # the builder's name of the lookup where the head has another matrix
-MIDDLE, LARGEST = 128, 127  # of codes of 8 bits without zero points
-ROWS = 4096  # rounded at once
 
 
 def plain_embedding(graph: GraphProto) -> None:
@@ -49,22 +47,13 @@ def quantize_embedding(graph: GraphProto, lookup: NodeProto, block: int) -> None
     values = numpy_helper.to_array(table)
     if values.shape[1] % block:
         return
-    parts = [_round(values[start : start + ROWS], block) for start in range(0, len(values), ROWS)]
-    codes, scales = (np.concatenate(each) for each in zip(*parts, strict=True))
+    codes, scales = round_to_8_bits(values, block)
     graph.initializer.remove(table)
     names = [f"{table.name}_{part}" for part in ("codes", "scales")]
     for name, part in zip(names, (codes, scales), strict=True):
         graph.initializer.append(numpy_helper.from_array(part, name))
     place = next(i for i, node in enumerate(graph.node) if node.name == lookup.name)
     _replace(graph, place, _lookup(graph, lookup, [names[0], lookup.input[1], names[1]]))
-
-
-def _round(rows: NDArray[np.float32], block: int) -> tuple[NDArray[np.uint8], NDArray[np.float32]]:
-    """Return codes (rows, blocks, block) and scales (rows, blocks)."""
-    blocks = rows.reshape(len(rows), -1, block)
-    scales = np.abs(blocks).max(axis=-1) / np.float32(LARGEST)
-    steps = blocks / np.where(scales > 0, scales, np.float32(1))[..., None]
-    return (np.rint(steps) + MIDDLE).astype(np.uint8), scales
 
 
 def _replace(graph: GraphProto, place: int, nodes: Sequence[NodeProto]) -> None:

@@ -13,7 +13,9 @@ from onnx.external_data_helper import load_external_data_for_model
 
 from mka_export.data import load_json
 from mka_export.errors import ConversionError
+from mka_export.models.checkpoint import Checkpoint
 from mka_export.models.onnx_file import initializers, read_graph
+from mka_onnx.eight_bits import round_anew
 from mka_onnx.embedding import own_embedding, plain_embedding, quantize_embedding
 from mka_onnx.settings import Precision
 
@@ -23,17 +25,18 @@ CACHE_WIDTH = "kv_cache_dim"  # the builder's symbol for a head's width
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
 
 
-def finish(folder: Path, source: Path, precision: Precision, block: int) -> list[str]:
+def finish(folder: Path, checkpoint: Checkpoint, precision: Precision, block: int) -> list[str]:
     """Make what the builder left in ``folder`` openable by every client; returns warnings.
 
     - The weights are called as transformers.js looks for them, ``model….onnx_data``, and the graph refers to that name.
     - The width of the key-value cache is a number: transformers.js takes a symbol there for 0.
+    - Matrices of 8 bits have wider blocks: see ``mka_onnx.eight_bits``.
     - The embedding of a quantized graph has 8 bits, and is looked up by standard operators: see ``mka_onnx.embedding``.
     - ``config.json`` is the checkpoint's, with what transformers.js needs to know.
 
     Args:
-        source: the checkpoint that it was made from.
-        block: how many weights of an embedding's row share a scale.
+        checkpoint: what it was made from.
+        block: how many weights of a row of 8 bits share a scale.
 
     Raises:
         ConversionError: the builder left something else than it used to.
@@ -48,12 +51,14 @@ def finish(folder: Path, source: Path, precision: Precision, block: int) -> list
     decoder = config["model"]["decoder"]
     model = read_graph(graph)
     _name_cache_width(model.graph, decoder["head_size"])
-    plain_embedding(model.graph)
     external = [tensor for tensor in initializers(model.graph) if tensor.data_location == TensorProto.EXTERNAL]
-    if precision.quantized and (lookup := own_embedding(model.graph)):
+    if precision.quantized:
         load_external_data_for_model(model, str(graph.parent))
         built.unlink(missing_ok=True)
-        quantize_embedding(model.graph, lookup, block)
+        round_anew(model.graph, checkpoint, block)
+        plain_embedding(model.graph)
+        if lookup := own_embedding(model.graph):
+            quantize_embedding(model.graph, lookup, block)
         onnx.save(model, graph, save_as_external_data=bool(external), location=data.name)
     else:
         if external:
@@ -65,11 +70,11 @@ def finish(folder: Path, source: Path, precision: Precision, block: int) -> list
     decoder["session_options"] = {"provider_options": []}  # whoever has another provider names it
     _write(folder / GENAI_CONFIG, config)
     for_browser = {"dtype": precision.dtype, **({"use_external_data_format": True} if external else {})}
-    _write(folder / CONFIG, {**load_json(source / CONFIG), "transformers.js_config": for_browser})
+    _write(folder / CONFIG, {**load_json(checkpoint.path / CONFIG), "transformers.js_config": for_browser})
     for name in (*TOKENIZER_FILES, "generation_config.json"):  # the checkpoint's own, not as they were saved anew
         (folder / name).unlink(missing_ok=True)
-        if (source / name).is_file():
-            shutil.copyfile(source / name, folder / name)
+        if (checkpoint.path / name).is_file():
+            shutil.copyfile(checkpoint.path / name, folder / name)
     shutil.rmtree(folder / "cache", ignore_errors=True)
     size = data.stat().st_size if external else 0
     if size <= LARGEST_BUFFER:

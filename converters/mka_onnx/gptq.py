@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 DAMPING = 0.01  # of the Gram matrix' mean diagonal, added to it (the paper's)
 SHRUNK = [1.0 - 0.04 * i for i in range(9)]  # of a block's range, what its grid may cover
+HOLD, FLOOR = (
+    0.05,
+    1e-12,
+)  # of scales: how strongly, relative to their blocks, they are held; a block of zeros keeps its own
 COLUMNS = 32  # whose errors are carried over one by one; to the others together
 
 
@@ -70,6 +74,30 @@ def quantize(weight: Tensor, gram: Tensor, bits: int, block: int, symmetric: boo
     placed = torch.empty_like(codes)
     placed[order] = codes
     return Blocks(placed.T.contiguous().to(torch.uint8), scales, zeros.to(torch.uint8), block)
+
+
+def fit_scales(blocks: Blocks, weight: Tensor, gram: Tensor) -> Blocks:
+    """Return the same codes with the scales of the smallest Σ ‖(W − Ŵ) x‖², held near those at hand.
+
+    They are as many unknowns for each row of W as it has blocks, in a least-squares problem of its own.
+
+    Args:
+        blocks: what W was rounded to.
+        weight: W, (rows, columns) float32.
+        gram: mean of x xᵀ: (columns, columns).
+    """
+    columns, block = weight.shape[1], blocks.block
+    padding, shape = -columns % block, (len(weight), -1, block)
+    steps = blocks.codes.float() - _spread(blocks.zeros.float(), block, columns)
+    steps = torch.nn.functional.pad(steps, (0, padding)).view(shape)
+    every = torch.nn.functional.pad(gram, (0, padding, 0, padding)).view(-1, block, columns + padding)
+    parts = zip(steps.unbind(1), every.unbind(0), strict=True)
+    normal = torch.stack([(part @ rows).view(shape).mul_(steps).sum(dim=-1) for part, rows in parts], dim=1)
+    right = torch.nn.functional.pad(weight @ gram, (0, padding)).view(shape).mul_(steps).sum(dim=-1)
+    held = HOLD * normal.diagonal(dim1=1, dim2=2) + FLOOR
+    normal += torch.diag_embed(held)
+    scales: Tensor = torch.linalg.solve(normal.double(), (right + held * blocks.scales).double())
+    return replace(blocks, scales=scales.float())
 
 
 def _grids(weight: Tensor, importance: Tensor, bits: int, block: int, symmetric: bool) -> tuple[Tensor, Tensor]:

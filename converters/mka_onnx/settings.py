@@ -47,6 +47,7 @@ PRECISIONS = {
 ALGORITHMS = ("rtn", "k_quant", "gptq")
 MIXED = ("none", "head", "sensitive")
 BLOCKS = (16, 32, 64, 128, 256)
+EIGHT_BIT_BLOCK = 64  # at least
 
 
 @dataclass(frozen=True)
@@ -54,12 +55,13 @@ class Options:
     """The options of a target that this converter understands.
 
     Attributes:
-        block_size: how many weights of a row share a scale.
+        block_size: how many weights of a row share a scale; of one of 8 bits, 64 at least.
         symmetric: blocks have no zero point.
         algorithm: how weights of 4 bits are rounded: ``rtn`` to the nearest, ``k_quant`` with a search for scales, ``gptq``
             with a look at what they are multiplied with on the calibration text.
         mixed: which matrices of an int4 graph have 8 bits: ``none``, the ``head``, or the ``sensitive`` ones too: all q, k
-            and v, the MLPs of the first layer and the last two, and down in the first and last eighth and every third layer.
+            and v, the MLPs of the first tenth of the layers and the last fifth, and down in the first and last eighth and
+            every third layer.
         file_stem: the folder's name without the precision; if None, the checkpoint folder's.
     """
 
@@ -68,6 +70,11 @@ class Options:
     algorithm: str = "gptq"
     mixed: str = "sensitive"
     file_stem: str | None = None
+
+    @property
+    def eight_bit_block(self) -> int:
+        """How many weights of a row of 8 bits share a scale."""
+        return max(EIGHT_BIT_BLOCK, self.block_size)
 
 
 def read_settings(target: Target) -> tuple[Precision, Options]:

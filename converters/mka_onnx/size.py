@@ -36,10 +36,10 @@ def need(model: Outline, target: Target) -> Need:
     for name, shape in model.shapes.items():
         if not precision.quantized:
             bits = float(precision.bits)
-        elif len(shape) == 1 or (name in plain and shape[1] % options.block_size):
+        elif len(shape) == 1 or (name in plain and shape[1] % options.eight_bit_block):
             bits = 8 * FLOAT
-        elif name in plain:
-            bits = 8 + 8 * FLOAT / options.block_size
+        elif name in plain or (_node(model.architecture, name) in eight and shape[1] % options.eight_bit_block == 0):
+            bits = 8 + 8 * FLOAT / options.eight_bit_block
         else:
             codes = 8 if _node(model.architecture, name) in eight else 4
             bits = codes + (8 * FLOAT + (0 if options.symmetric else codes)) / options.block_size

@@ -6,7 +6,8 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
-from mka_onnx.embedding import OWN, ROWS, own_embedding, quantize_embedding
+from mka_onnx.eight_bits import ROWS
+from mka_onnx.embedding import OWN, own_embedding, quantize_embedding
 from onnx import TensorProto, helper, numpy_helper
 
 IDS = np.array([[0, 3, ROWS + 1], [3, ROWS, 2]])

@@ -6,7 +6,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from mka_onnx.gptq import DAMPING, Blocks, quantize
+from mka_onnx.gptq import DAMPING, HOLD, Blocks, fit_scales, quantize
 from mka_onnx.nbits import quantized_matrices
 from mka_onnx.nodes import MATRICES
 from transformers import AutoModelForCausalLM
@@ -79,12 +79,31 @@ def test_it_loses_less_than_rounding_to_the_nearest():
     assert lost < 0.6 * lost_plain
 
 
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_fitted_scales_are_those_of_least_squares(symmetric):
+    inputs = normal(2000, 80) @ (torch.eye(80) + 0.3 * normal(80, 80))
+    weight = normal(64, 80)
+    rounded = quantize(weight, gram_of(inputs), 4, 32, symmetric)
+    fitted = fit_scales(rounded, weight, gram_of(inputs))
+    assert torch.equal(fitted.codes, rounded.codes)
+    lost, before = (((b.dequantize() - weight) @ inputs.T).square().sum() for b in (fitted, rounded))
+    assert lost < before
+
+    steps = (rounded.codes.double() - rounded.zeros.double().repeat_interleave(32, 1)[:, :80])[5]
+    blocks = torch.stack([inputs[:, i : i + 32].double() @ steps[i : i + 32] for i in (0, 32, 64)], dim=1)
+    held = (HOLD * blocks.square().sum(dim=0)).sqrt()
+    target = torch.cat([inputs.double() @ weight[5].double(), held * rounded.scales[5].double()])
+    expected = torch.linalg.lstsq(torch.cat([blocks, held.diag()]), target[:, None]).solution[:, 0]
+    torch.testing.assert_close(fitted.scales[5], expected.float(), rtol=1e-3, atol=1e-4)
+
+
 def test_inputs_that_are_always_zero_do_no_harm():
     inputs = normal(100, 64)
     inputs[:, 5] = 0
     weight = normal(8, 64)
     weight[3] = 0
-    blocks = quantize(weight, gram_of(inputs), 4, 32, False)
+    gram = gram_of(inputs)
+    blocks = fit_scales(quantize(weight, gram, 4, 32, False), weight, gram)
     assert blocks.dequantize().isfinite().all()
     assert (blocks.dequantize()[3] == 0).all()
 
@@ -130,7 +149,7 @@ def test_what_is_written_is_read(pico_llama, convert_to, tmp_path):
         changed = Blocks(
             torch.randint_like(blocks.codes, 2**matrix.bits),
             blocks.scales * 2,
-            torch.randint_like(blocks.zeros, 2**matrix.bits),
+            blocks.zeros if matrix.symmetric else torch.randint_like(blocks.zeros, 2**matrix.bits),
             blocks.block,
         )
         matrix.write(changed)
