@@ -1,7 +1,8 @@
-"""Memory of the main job, stage by stage: a checkpoint with random weights goes through merging, GGUF and llama.cpp.
+"""Memory of the main job, stage by stage: a checkpoint with random weights goes through merging, conversion and its runtime.
 
 python benchmarks/memory.py FOLDER --tokens 2048,16384                                        # Llama-3-8B's shape
 python benchmarks/memory.py FOLDER --layers 12,24 --hidden 1024 --mlp 3584 --heads 16 --kv-heads 4 --vocab 32000
+python benchmarks/memory.py FOLDER --layers 16 --hidden 2048 --mlp 8192 --tied --ratio 0.06 --method tail --to onnx-int4
 
 Counted is the anonymous memory (RssAnon of Linux's /proc) of the command and all its child processes together, read
 four times a second: pages of mapped model files can be dropped at any time, and do not count. Random weights say
@@ -42,7 +43,10 @@ def make_model(folder: Path, config: LlamaConfig) -> None:
     folder.mkdir(parents=True)
     pico_tokenizer(folder)  # all other rows of the embedding are padding
     with torch.device("meta"):
-        shapes = {name: tensor.shape for name, tensor in LlamaForCausalLM(config).state_dict().items()}
+        made = LlamaForCausalLM(config)
+        shapes = {name: tensor.shape for name, tensor in made.state_dict().items()}
+    for name in made.all_tied_weights_keys:
+        del shapes[name]
     torch.manual_seed(0)
     with CheckpointWriter(folder) as writer:
         for name, shape in shapes.items():
@@ -140,6 +144,7 @@ def numbers(_context: object, _parameter: object, value: str) -> list[int]:
 @click.option("--heads", default=32)
 @click.option("--kv-heads", default=8)
 @click.option("--vocab", default=128256)
+@click.option("--tied", is_flag=True, help="The head is the embedding.")
 @click.option("--ratio", default=0.4)
 @click.option("--to", default="gguf-q4")
 @click.option("--method", default="mka")
@@ -152,6 +157,7 @@ def main(
     heads: int,
     kv_heads: int,
     vocab: int,
+    tied: bool,
     ratio: float,
     to: str,
     method: str,
@@ -171,10 +177,10 @@ def main(
             rope_parameters={"rope_type": "default", "rope_theta": 500000.0},
             bos_token_id=1,
             eos_token_id=2,
-            tie_word_embeddings=False,
+            tie_word_embeddings=tied,
             dtype="bfloat16",
         )
-        model = folder / f"{count}x{hidden}x{mlp}x{vocab}"
+        model = folder / f"{count}x{hidden}x{mlp}x{vocab}{'-tied' if tied else ''}"
         if not (model / "config.json").exists():  # it is written last
             make_model(model, config)
         size = sum(file.stat().st_size for file in model.glob("*.safetensors"))
@@ -190,10 +196,11 @@ def main(
         if target["artifact"] is None or target["comparisons"] is None:
             sys.exit(f"no artifact that runs: {target['error']}")
         kept = json.loads((out / "merged" / "config.json").read_text())["num_hidden_layers"]
-        with closing(open_runtime("llama.cpp", Path(target["artifact"]["path"]), gpu_layers=0)) as runtime:
+        name = target["runtime"]["name"]
+        with closing(open_runtime(name, Path(target["artifact"]["path"]))) as runtime:
             (ids,) = runtime.generate([[1, *range(100, 108)]], 8)
         made = f"{target['artifact']['nbytes'] / 1e9:.2f} GB, {kept} layers"
-        print(f"{made}; llama.cpp continues with the tokens {ids}\n", flush=True)
+        print(f"{made}; {name} continues with the tokens {ids}\n", flush=True)
     first = peaks[0][2]
     print("layers  calibration tokens  peak RssAnon, GB  to the first")
     for count, budget, peak in peaks:

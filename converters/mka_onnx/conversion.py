@@ -22,7 +22,7 @@ from mka_onnx.folder import finish
 from mka_onnx.nbits import accuracy_level
 from mka_onnx.nodes import builder_weights
 from mka_onnx.scope import require_expressible
-from mka_onnx.settings import builder_options, fitted, read_settings
+from mka_onnx.settings import builder_options, eight_bit_block, fitted, read_settings
 from mka_onnx.size import need
 
 
@@ -101,7 +101,7 @@ def _convert(
             builder_weights(precision, options, checkpoint.num_layers, tied) if precision.quantized else None,
             task,
         )
-    warnings = finish(folder, checkpoint, precision, options.eight_bit_block)
+    warnings = finish(folder, checkpoint, precision, eight_bit_block(precision, options))
     if fitted(precision, options):
         assert calibration is not None  # ``check`` looked whether the target asks for it
         fit_weights(folder / precision.graph, checkpoint, calibration, progress)

@@ -1,4 +1,4 @@
-"""Matrices of 8 bits: in wider blocks than the builder's, and without zero points."""
+"""Rounding to 8 bits without zero points; in a graph of 4 bits, in wider blocks than the builder's."""
 
 from __future__ import annotations
 

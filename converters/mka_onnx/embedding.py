@@ -50,8 +50,7 @@ def quantize_embedding(graph: GraphProto, lookup: NodeProto, block: int) -> None
     codes, scales = round_to_8_bits(values, block)
     graph.initializer.remove(table)
     names = [f"{table.name}_{part}" for part in ("codes", "scales")]
-    for name, part in zip(names, (codes, scales), strict=True):
-        graph.initializer.append(numpy_helper.from_array(part, name))
+    graph.initializer.extend([numpy_helper.from_array(codes, names[0]), numpy_helper.from_array(scales, names[1])])
     place = next(i for i, node in enumerate(graph.node) if node.name == lookup.name)
     _replace(graph, place, _lookup(graph, lookup, [names[0], lookup.input[1], names[1]]))
 

@@ -30,7 +30,7 @@ def finish(folder: Path, checkpoint: Checkpoint, precision: Precision, block: in
 
     - The weights are called as transformers.js looks for them, ``model….onnx_data``, and the graph refers to that name.
     - The width of the key-value cache is a number: transformers.js takes a symbol there for 0.
-    - Matrices of 8 bits have wider blocks: see ``mka_onnx.eight_bits``.
+    - In a graph of 4 bits those of 8 have wider blocks: see ``mka_onnx.eight_bits``.
     - The embedding of a quantized graph has 8 bits, and is looked up by standard operators: see ``mka_onnx.embedding``.
     - ``config.json`` is the checkpoint's, with what transformers.js needs to know.
 
@@ -55,7 +55,8 @@ def finish(folder: Path, checkpoint: Checkpoint, precision: Precision, block: in
     if precision.quantized:
         load_external_data_for_model(model, str(graph.parent))
         built.unlink(missing_ok=True)
-        round_anew(model.graph, checkpoint, block)
+        if precision.bits == 4:
+            round_anew(model.graph, checkpoint, block)
         plain_embedding(model.graph)
         if lookup := own_embedding(model.graph):
             quantize_embedding(model.graph, lookup, block)

@@ -47,7 +47,7 @@ PRECISIONS = {
 ALGORITHMS = ("rtn", "k_quant", "gptq")
 MIXED = ("none", "head", "sensitive")
 BLOCKS = (16, 32, 64, 128, 256)
-EIGHT_BIT_BLOCK = 64  # at least
+EIGHT_BIT_BLOCK = 64  # at least, in a graph of 4 bits
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class Options:
     """The options of a target that this converter understands.
 
     Attributes:
-        block_size: how many weights of a row share a scale; of one of 8 bits, 64 at least.
+        block_size: how many weights of a row share a scale; of a row of 8 bits in an int4 graph, 64 at least.
         symmetric: blocks have no zero point.
         algorithm: how weights of 4 bits are rounded: ``rtn`` to the nearest, ``k_quant`` with a search for scales, ``gptq``
             with a look at what they are multiplied with on the calibration text.
@@ -70,11 +70,6 @@ class Options:
     algorithm: str = "gptq"
     mixed: str = "sensitive"
     file_stem: str | None = None
-
-    @property
-    def eight_bit_block(self) -> int:
-        """How many weights of a row of 8 bits share a scale."""
-        return max(EIGHT_BIT_BLOCK, self.block_size)
 
 
 def read_settings(target: Target) -> tuple[Precision, Options]:
@@ -93,6 +88,11 @@ def read_settings(target: Target) -> tuple[Precision, Options]:
     }
     require_valid(target, options, checks)
     return precision, options
+
+
+def eight_bit_block(precision: Precision, options: Options) -> int:
+    """Return how many weights of a row of 8 bits share a scale."""
+    return options.block_size if precision.bits == 8 else max(EIGHT_BIT_BLOCK, options.block_size)
 
 
 def fitted(precision: Precision, options: Options) -> bool:

@@ -11,7 +11,7 @@ from mka_export.target import Target
 from mka_onnx.building import require_builder
 from mka_onnx.nodes import HEAD, MATRICES, eight_bits, node_name
 from mka_onnx.scope import require_expressible
-from mka_onnx.settings import read_settings
+from mka_onnx.settings import eight_bit_block, read_settings
 
 FLOAT = 4
 TOKEN_BYTES = 128  # of tokenizer files for each token of a vocabulary
@@ -32,14 +32,17 @@ def need(model: Outline, target: Target) -> Need:
     values = sum(map(prod, model.shapes.values()))
     embedding, tied = model.architecture.tensors["embedding"], model.architecture.tensors["head"] not in model.shapes
     eight, plain = set(eight_bits(precision, options, model.num_layers)), set() if tied else {embedding}
+    wide = eight_bit_block(precision, options)
     kept = LAYER_BYTES * (model.num_layers + 8) + TOKEN_BYTES * model.vocab_size
     for name, shape in model.shapes.items():
         if not precision.quantized:
             bits = float(precision.bits)
-        elif len(shape) == 1 or (name in plain and shape[1] % options.eight_bit_block):
+        elif len(shape) == 1 or (name in plain and shape[1] % wide):
             bits = 8 * FLOAT
-        elif name in plain or (_node(model.architecture, name) in eight and shape[1] % options.eight_bit_block == 0):
-            bits = 8 + 8 * FLOAT / options.eight_bit_block
+        elif name in plain or (
+            precision.bits == 4 and shape[1] % wide == 0 and _node(model.architecture, name) in eight
+        ):
+            bits = 8 + 8 * FLOAT / wide
         else:
             codes = 8 if _node(model.architecture, name) in eight else 4
             bits = codes + (8 * FLOAT + (0 if options.symmetric else codes)) / options.block_size

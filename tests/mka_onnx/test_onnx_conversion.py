@@ -13,12 +13,14 @@ import onnx
 import pytest
 import torch
 from mka_onnx import building, check, conversion, need
+from mka_onnx.nbits import quantized_matrices
 from onnx_tools import target
 from pico import make_pico
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mka_export.errors import ConversionError, RuntimeFailure, UnsupportedError
 from mka_export.models.checkpoint import Checkpoint
+from mka_export.models.onnx_file import read_graph
 from mka_export.models.outline import Outline
 from mka_export.parity.runtimes import open_runtime
 from mka_export.parity.runtimes.genai_runtime import GenaiRuntime
@@ -99,7 +101,12 @@ def test_the_folder_is_what_every_client_looks_for(pico_llama, convert_to):
     assert made.details["accuracy_level"] == 4  # as docs/onnx.md has it
     config = json.loads((made.path / "config.json").read_text())
     assert config["transformers.js_config"] == {"dtype": "q4", "use_external_data_format": True}
-    graph = onnx.load(made.path / "onnx" / "model_q4.onnx", load_external_data=False).graph
+    where = made.path / "onnx" / "model_q4.onnx"
+    graph = read_graph(where).graph
+    blocks = {
+        (matrix.bits, matrix.block, matrix.symmetric) for matrix in quantized_matrices(read_graph(where), where.parent)
+    }
+    assert blocks == {(4, 32, False), (8, 64, True)}
     assert "GatherBlockQuantized" not in {node.op_type for node in graph.node}  # browsers have it on no CPU
     caches = [value for value in (*graph.input, *graph.output) if "." in value.name]
     assert caches

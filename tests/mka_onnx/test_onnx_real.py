@@ -77,7 +77,7 @@ def test_four_bits_do_not_break_a_small_model(four_bits):
     folder, result = four_bits
     assert result.exit_code == 0, result.output
     (target,) = json.loads(result.stdout)["targets"]
-    assert target["comparisons"]["conversion"]["kl"]["mean"] < 0.065  # rounded to the nearest, it is 0.2 and more
+    assert target["comparisons"]["conversion"]["kl"]["mean"] < 0.05  # rounded to the nearest, it is 0.2 and more
     assert target["artifact"]["nbytes"] < 125e6
     ids = OnnxRuntime(folder).tokenize("The capital of France is")
     apart, together = (runtime(folder).generate([ids], 8) for runtime in (OnnxRuntime, GenaiRuntime))
