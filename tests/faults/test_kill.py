@@ -22,8 +22,10 @@ from types import ModuleType, SimpleNamespace
 
 import psutil
 import pytest
-from fault_tools import DONE, LOOSE, SMALL, contents, type_in
+from fault_tools import DONE, LOOSE, MERGE, SMALL, contents, type_in
 from mka_gguf import conversion
+from mka_onnx import conversion as onnx_conversion
+from pico import make_pico
 
 from mka_export.cli import main
 from mka_export.hashes import file_sha256
@@ -73,6 +75,12 @@ def while_quantizing(out: Path) -> None:
     conversion.quantize = lambda *arguments: quantize(*arguments[:-1], SimpleNamespace(advance=die))
 
 
+def while_building(out: Path) -> None:
+    """Die when onnxruntime-genai's builder, a process of its own, has read its first layer."""
+    build = onnx_conversion.build
+    onnx_conversion.build = lambda *arguments: build(*arguments[:-1], SimpleNamespace(advance=die))
+
+
 def die(*_: object, **__: object) -> None:
     children = [str(child.pid) for child in multiprocessing.active_children()]
     (Path(tempfile.gettempdir()) / "children").write_text("\n".join(children))
@@ -107,6 +115,11 @@ BETWEEN: dict[str, Arm] = {
     "the measurement is published, its pieces are still there": before("shutil.rmtree", "parity/.gguf-q8.pieces", 2),
     "the last manifest is being written": before("os.rename", ".manifest.json.writing", 2),
 }
+ONNX: dict[str, Arm] = {
+    "the graph is being built": while_building,
+    "the weights are being fitted": inside(onnx_conversion, "fit_weights"),
+    "the folder is whole but not published": before("os.rename", ".onnx-int4.making"),
+}
 REPLACING: dict[str, Arm] = {
     "the older checkpoint is put aside, the new one not yet in its place": before("os.rename", ".merged.making"),
     "the older checkpoint is replaced but not yet removed": before("shutil.rmtree", ".merged.old.making", 2),
@@ -123,7 +136,7 @@ def run_in_fork(model: Path, out: Path, arm: Arm, job: Sequence[str] = RUN) -> i
     It is forked, so that it need not import everything again.
     """
     scratch = out.with_name("tmp")
-    scratch.mkdir(exist_ok=True)
+    scratch.mkdir(parents=True, exist_ok=True)
 
     def run() -> None:
         tempfile.tempdir = str(scratch)
@@ -163,7 +176,8 @@ def whole(out: Path) -> None:
 def lasting(out: Path) -> dict[str, bytes]:
     """Return what must be the same: all of checkpoint, plan and artifact, but not how long they took."""
     found = contents(out)
-    return {n: data for n, data in found.items() if n.startswith(("merged/", "gguf-q8/")) and "stage.json" not in n}
+    made = ("merged/", "gguf-q8/", "onnx-int4/")
+    return {n: data for n, data in found.items() if n.startswith(made) and "stage.json" not in n}
 
 
 def finished(out: Path) -> dict[str, tuple[int, int]]:
@@ -251,6 +265,20 @@ def test_survived_kill(instant, pico_llama, goes_on, tmp_path):
     out = tmp_path / "out"
     assert run_in_fork(pico_llama, out, (STAGES | BETWEEN)[instant]) == -signal.SIGKILL
     goes_on(out)
+
+
+@pytest.mark.real
+def test_survived_kills_while_making_onnx(tmp_path):
+    """kill -9 in every part of a conversion to ONNX, one after the other"""
+    model, out = make_pico(tmp_path / "pico", "llama", intermediate_size=192), tmp_path / "killed" / "out"
+    job = [*MERGE, "--to", "onnx-int4", *SMALL, *LOOSE, "--quiet"]
+    made, _ = left_alone(model, tmp_path / "undisturbed" / "out", job)
+    assert any(name.endswith("model_q4.onnx_data") for name in made)
+    for instant, arm in ONNX.items():
+        assert run_in_fork(model, out, arm, job) == -signal.SIGKILL, instant
+        assert not (out / "onnx-int4").exists()
+    assert run_in_fork(model, out, lambda out: None, job) in DONE
+    assert lasting(out) == made
 
 
 @pytest.mark.parametrize("instant", real(REPLACING))
