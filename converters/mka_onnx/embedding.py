@@ -26,6 +26,9 @@ def plain_embedding(graph: GraphProto) -> None:
             _, ids, *grid = node.input
             _replace(graph, place, _lookup(graph, node, [flat.input[0], ids, *grid]))
             graph.node.remove(flat)
+            shape = producers[flat.input[1]]  # a Constant
+            if not any(shape.output[0] in other.input for other in graph.node):
+                graph.node.remove(shape)
             return
 
 

@@ -107,6 +107,8 @@ def test_the_folder_is_what_every_client_looks_for(pico_llama, convert_to):
         (matrix.bits, matrix.block, matrix.symmetric) for matrix in quantized_matrices(read_graph(where), where.parent)
     }
     assert blocks == {(4, 32, False), (8, 64, True)}
+    used = {name for node in graph.node for name in node.input}
+    assert {out for node in graph.node if node.op_type == "Constant" for out in node.output} <= used
     assert "GatherBlockQuantized" not in {node.op_type for node in graph.node}  # browsers have it on no CPU
     caches = [value for value in (*graph.input, *graph.output) if "." in value.name]
     assert caches

@@ -5,10 +5,13 @@ from __future__ import annotations
 import json
 import shutil
 import subprocess
+import sys
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import onnxruntime
 import pytest
 import torch
 from click.testing import CliRunner, Result
@@ -83,6 +86,21 @@ def test_four_bits_do_not_break_a_small_model(four_bits):
     apart, together = (runtime(folder).generate([ids], 8) for runtime in (OnnxRuntime, GenaiRuntime))
     assert apart == together
     assert "Paris" in OnnxRuntime(folder).detokenize(together[0])
+
+
+def test_onnx_runtime_makes_its_own_format_of_it(four_bits, tmp_path):
+    """As docs/onnx.md has it."""
+    graph = four_bits[0] / "onnx" / "model_q4.onnx"
+    tool = [sys.executable, "-m", "onnxruntime.tools.convert_onnx_models_to_ort", graph, "--output_dir", tmp_path]
+    subprocess.run([*tool, "--optimization_style", "Fixed"], check=True, capture_output=True)
+    assert "GroupQueryAttention,MatMulNBits" in (tmp_path / "model_q4.required_operators.config").read_text()
+    sessions = [onnxruntime.InferenceSession(path) for path in (graph, tmp_path / "model_q4.ort")]
+    inputs: dict[str, NDArray[Any]] = {"input_ids": np.array([[5, 6, 7]]), "attention_mask": np.ones((1, 3), np.int64)}
+    for each in sessions[0].get_inputs():
+        if each.name not in inputs:
+            inputs[each.name] = np.zeros((1, each.shape[1], 0, each.shape[3]), np.float32)
+    expected, found = (session.run(["logits"], inputs)[0] for session in sessions)
+    np.testing.assert_allclose(found, expected, atol=1e-3)
 
 
 @pytest.fixture(scope="module")
