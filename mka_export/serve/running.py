@@ -27,7 +27,8 @@ def run(artifacts: Sequence[Servable], scripts: Scripts, host: str, port: int, *
         first = artifacts[0]
         raise ServeError(f"{first.name} cannot be opened in a browser: {first.obstacle}", "Give another artifact.")
     names = {"localhost", host, socket.gethostname(), f"{socket.gethostname()}.local"}
-    with listen(artifacts, scripts, host, port, names) as server:
+    # Ctrl-C is how it ends, at whatever moment.
+    with contextlib.suppress(KeyboardInterrupt), listen(artifacts, scripts, host, port, names) as server:
         addresses = _addresses(str(server.server_address[0]))
         if tls:
             from mka_export.serve.certificate import secure
@@ -37,12 +38,10 @@ def run(artifacts: Sequence[Servable], scripts: Scripts, host: str, port: int, *
             click.echo(printable(f"  {artifact.name}{_why_not(artifact)}"), err=True)
         if not tls and any(not ipaddress.ip_address(address).is_loopback for address in addresses):
             click.echo("other devices get one thread and keep no files, since this is plain http: see --tls", err=True)
-        for address in addresses:
-            shown = f"[{address}]" if ":" in address else address
-            click.echo(f"{'https' if tls else 'http'}://{shown}:{server.server_port}/")
+        hosts = [f"[{address}]" if ":" in address else address for address in addresses]
+        click.echo("\n".join(f"{'https' if tls else 'http'}://{each}:{server.server_port}/" for each in hosts))
         click.echo("Ctrl-C ends it.", err=True)
-        with contextlib.suppress(KeyboardInterrupt):  # that is how it ends
-            server.serve_forever(poll_interval=0.2)
+        server.serve_forever(poll_interval=0.2)
 
 
 def listen(

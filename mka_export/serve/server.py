@@ -6,7 +6,6 @@ import io
 import ipaddress
 import os
 import re
-import shutil
 import socket
 import sys
 from collections.abc import Collection, Mapping
@@ -19,6 +18,7 @@ from mka_export.serve.artifacts import identity
 from mka_export.serve.site import Resource
 
 PATIENCE = 60.0  # seconds for a client to send a request, or to take a part of the answer
+BLOCK = 1 << 18  # bytes sent at a time
 HEADERS = {
     # Together they give the page shared memory, and so threads.
     "Cross-Origin-Opener-Policy": "same-origin",
@@ -32,7 +32,7 @@ HEADERS = {
     "Referrer-Policy": "no-referrer",
     "X-Content-Type-Options": "nosniff",
 }
-RANGE = re.compile(r"bytes=(\d*)-(\d*)")
+RANGE = re.compile(r"bytes=(\d{0,18})-(\d{0,18})", re.ASCII)
 
 
 class Server(ThreadingHTTPServer):
@@ -103,6 +103,8 @@ class Handler(BaseHTTPRequestHandler):
         self.close_connection = True
         body = f"{message or HTTPStatus(code).phrase}\n".encode("ascii", "replace")
         self.send_response(code, message)
+        if code == HTTPStatus.METHOD_NOT_ALLOWED:
+            self.send_header("Allow", "GET, HEAD")
         self._finish_headers("text/plain; charset=utf-8", len(body), "no-store")
         if self.command != "HEAD":
             self.wfile.write(body)
@@ -140,7 +142,9 @@ class Handler(BaseHTTPRequestHandler):
         self._finish_headers(resource.kind, end - first, resource.keep)
         if self.command != "HEAD":
             source.seek(first)
-            shutil.copyfileobj(_Part(source, end - first), self.wfile, 1 << 18)
+            while first < end and (block := source.read(min(BLOCK, end - first))):
+                self.wfile.write(block)
+                first += len(block)
 
     def _finish_headers(self, kind: str, length: int, keep: str) -> None:
         for name, value in HEADERS.items():
@@ -151,18 +155,6 @@ class Handler(BaseHTTPRequestHandler):
         if self.close_connection:
             self.send_header("Connection", "close")
         self.end_headers()
-
-
-class _Part:
-    """The next bytes of a file, and no more."""
-
-    def __init__(self, file: BinaryIO, nbytes: int) -> None:
-        self._file, self._left = file, nbytes
-
-    def read(self, nbytes: int) -> bytes:
-        data = self._file.read(min(nbytes, self._left))
-        self._left -= len(data)
-        return data
 
 
 def _part(first: str, last: str, size: int) -> tuple[int, int]:

@@ -46,9 +46,7 @@ def site_of(artifacts: Sequence[Servable], scripts: Scripts) -> dict[str, Resour
     page = {f"/{path.name}": _file(path, "no-cache") for path in PAGE.iterdir() if path.suffix in KINDS}
     page["/"] = page.pop("/index.html")
     library = f"/lib/{scripts.folder.name}/"  # changes with the versions, so that they may be kept for good
-    libraries = {
-        library + name: _file(scripts.folder / name, "private, max-age=31536000, immutable") for name in PARTS
-    }
+    libraries = {library + name: _file(scripts.folder / name, "private, max-age=31536000, immutable") for name in PARTS}
     # The page itself keeps what it loads of models: browsers' own caches have no room for files of this size.
     models = {
         _folder(artifact) + name: _file(path, "no-store")

@@ -29,7 +29,6 @@ export async function open(artifact, { library, versions, threads, store, report
 }
 
 async function generate(wllama, { messages, text, limit, temperature, ids, signal }, hear) {
-  const options = { max_tokens: limit, temperature, stream: true, abortSignal: signal, cache_prompt: true };
   const made = { text: "", ids: ids ? [] : null, tokens: 0 };
   const onData = ({ choices: [choice], timings }) => {
     const piece = choice?.text ?? choice?.delta?.content ?? "";
@@ -40,14 +39,18 @@ async function generate(wllama, { messages, text, limit, temperature, ids, signa
       hear(made);
     }
   };
+  const options = { max_tokens: limit, temperature, timings_per_token: true, stream: true, onData, abortSignal: signal };
   try {
     await (messages
-      ? wllama.createChatCompletion({ ...options, messages, onData, ...(ids && { logprobs: true }) })
-      : wllama.createCompletion({ ...options, prompt: text, onData, ...(ids && { logprobs: 1 }) }));
+      ? wllama.createChatCompletion({ ...options, messages, ...(ids && { logprobs: true }) })
+      : wllama.createCompletion({ ...options, prompt: text, ...(ids && { logprobs: 1 }) }));
   } catch (error) {
     if (error.name !== "AbortError") {
       throw error;
     }
+  }
+  if (made.ids && wllama.isTokenEOG(made.ids.at(-1))) {
+    made.ids.pop();
   }
   return made;
 }

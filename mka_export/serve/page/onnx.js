@@ -11,7 +11,7 @@ export async function open(artifact, { library, versions, threads, store, report
     report(share < 0.999 ? "Fetching" : "Starting ONNX Runtime", share < 0.999 ? share : null);
   };
   try {
-    const task = { task: "load", id: artifact.id, library, threads, keep: Boolean(store) };
+    const task = { task: "load", id: artifact.id, place: library, threads, keep: Boolean(store) };
     const { chat } = await call(task, onProgress);
     return {
       runtime: `ONNX Runtime ${versions["onnxruntime-web"].split("-")[0]} (transformers.js ${versions["transformers.js"]}), wasm, CPU`,

@@ -2,13 +2,14 @@
 
 import { CACHE } from "./files.js";
 
-let model, tokenizer, stopping;
+let library, model, tokenizer, stopped;
+let seen = null; // by the model so far: its key-value cache, and the ids it is of
 
 const TASKS = { load, generate };
 
 self.onmessage = async ({ data }) => {
   if (data.task === "stop") {
-    stopping?.interrupt();
+    stopped = true;
     return;
   }
   try {
@@ -18,18 +19,17 @@ self.onmessage = async ({ data }) => {
   }
 };
 
-async function load({ id, library, threads, keep }) {
-  const { AutoModelForCausalLM, AutoTokenizer, InterruptableStoppingCriteria, env } = await import(
-    `${library}transformers.js`
-  );
+async function load({ id, place, threads, keep }) {
+  library = await import(`${place}transformers.js`);
+  const { AutoModelForCausalLM, AutoTokenizer, env } = library;
   env.allowRemoteModels = false;
   env.allowLocalModels = true;
   env.localModelPath = "/models/";
   env.useBrowserCache = keep;
   env.cacheKey = CACHE;
   env.useWasmCache = false;
-  const place = `${self.location.origin}${library}ort-wasm-simd-threaded`;
-  env.backends.onnx.wasm.wasmPaths = { mjs: `${place}.mjs`, wasm: `${place}.wasm` };
+  const runtime = `${self.location.origin}${place}ort-wasm-simd-threaded`;
+  env.backends.onnx.wasm.wasmPaths = { mjs: `${runtime}.mjs`, wasm: `${runtime}.wasm` };
   env.backends.onnx.wasm.numThreads = threads;
   const progress_callback = ({ status, file, loaded }) => {
     if (status === "progress") {
@@ -38,33 +38,56 @@ async function load({ id, library, threads, keep }) {
   };
   tokenizer = await AutoTokenizer.from_pretrained(id, { progress_callback });
   model = await AutoModelForCausalLM.from_pretrained(id, { device: "wasm", progress_callback });
-  stopping = new InterruptableStoppingCriteria();
   return { chat: Boolean(tokenizer.chat_template) };
 }
 
 async function generate({ messages, text, limit, temperature }) {
-  const inputs = messages
+  const { input_ids } = messages
     ? tokenizer.apply_chat_template(messages, { add_generation_prompt: true, return_dict: true })
     : tokenizer(text);
-  const ids = [];
-  const ends = new Set(tokenizer.all_special_ids);
-  const made = () => ({ text: tokenizer.decode(ids, { skip_special_tokens: true }), ids, tokens: ids.length });
-  let prompt = true; // the streamer is given the prompt first
-  const streamer = {
-    put([tokens]) {
-      if (!prompt) {
-        ids.push(...tokens.map(Number));
-        postMessage({ news: made() });
-      }
-      prompt = false;
-    },
-    end() {},
-  };
-  stopping.reset();
   const how = temperature > 0 ? { do_sample: true, temperature, top_k: 40 } : { do_sample: false };
-  await model.generate({ ...inputs, ...how, max_new_tokens: limit, streamer, stopping_criteria: stopping });
-  if (ends.has(ids.at(-1))) {
-    ids.pop();
+  const ends = new Set([model.generation_config.eos_token_id].flat());
+  let all = input_ids;
+  let past_key_values = known(all);
+  stopped = false;
+  const ids = [];
+  const made = () => ({ text: tokenizer.decode(ids, { skip_special_tokens: true }), ids, tokens: ids.length });
+  // One token at a time: no message comes in while generate() runs, and one may say stop.
+  while (ids.length < limit && !stopped) {
+    ({ sequences: all, past_key_values } = await model.generate({
+      ...how,
+      input_ids: all,
+      attention_mask: library.ones_like(all),
+      ...(past_key_values && { past_key_values }),
+      max_new_tokens: 1,
+      return_dict_in_generate: true,
+    }));
+    seen = { past_key_values, ids: all.data };
+    const id = Number(all.data.at(-1));
+    if (ends.has(id)) {
+      break;
+    }
+    ids.push(id);
+    postMessage({ news: made() });
+    await letMessagesIn();
   }
   return made();
+}
+
+/** Return the key-value cache of what was generated before, if the text goes on from there. */
+function known(all) {
+  const length = seen?.past_key_values.get_seq_length();
+  const goesOn = seen && length < all.data.length && all.data.slice(0, length).every((id, i) => id === seen.ids[i]);
+  return goesOn ? seen.past_key_values : null;
+}
+
+function letMessagesIn() {
+  return new Promise((resolve) => {
+    const { port1, port2 } = new MessageChannel();
+    port2.onmessage = () => {
+      port2.close();
+      resolve();
+    };
+    port1.postMessage(null);
+  });
 }
