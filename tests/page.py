@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import subprocess
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 from mka_export.hashes import file_sha256
@@ -10,6 +14,7 @@ from mka_export.serve import scripts
 from mka_export.serve.scripts import PACKAGES, PARTS, RECORD, Scripts
 from mka_export.workspace import FORMAT
 
+MAIN = "from mka_export.cli import main; main()"
 NPM = """#!/bin/sh
 # Stands for npm: makes what `npm ci` would, or does what it is told in $FAKE_NPM.
 echo "$@" >> "$FAKE_NPM_LOG"
@@ -76,3 +81,15 @@ def fake_out(out: Path) -> Path:
     (out / ".secret").write_text("not for the page")
     (out / "manifest.json").write_text(json.dumps({"format": FORMAT, "files": {}}))
     return out
+
+
+@contextlib.contextmanager
+def serving(*arguments: object) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    """Run ``mka-export serve`` on a free port; yield its process and the first URL it prints."""
+    command = [sys.executable, "-c", MAIN, "serve", *map(str, arguments), "--port", "0"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stdout is not None
+            yield process, process.stdout.readline().strip()
+        finally:
+            process.kill()

@@ -9,13 +9,11 @@ import sys
 from pathlib import Path
 
 import pytest
-from page import fake_npm
+from page import MAIN, fake_npm
 
 from mka_export.errors import ServeError
 from mka_export.progress import Progress
 from mka_export.serve.scripts import LOCKED, PACKAGES, PARTS, require_scripts, set_up
-
-SET_UP = "from mka_export.cli import main; main()"
 
 
 @pytest.fixture
@@ -65,7 +63,7 @@ def test_npm_fails_and_a_later_set_up_succeeds(fate, words, npm, tmp_path, monke
 def test_killed_in_the_middle_and_run_again(npm, tmp_path, monkeypatch):
     monkeypatch.setenv("MKA_EXPORT_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("FAKE_NPM", "killed")
-    command = [sys.executable, "-c", SET_UP, "serve", "--setup"]
+    command = [sys.executable, "-c", MAIN, "serve", "--setup"]
     assert subprocess.run(command, capture_output=True, check=False).returncode == -9
     assert all(path.name.startswith(".") for path in (tmp_path / "cache").iterdir())
     with pytest.raises(ServeError, match="not set up"):
