@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-from page import MAIN, fake_npm
+from page import fake_npm
 
 from mka_export.errors import ServeError
 from mka_export.progress import Progress
@@ -44,33 +42,6 @@ def test_every_package_is_held_by_its_hash():
     assert all(package["integrity"].startswith("sha512-") for package in packages.values())
     heavy = [packages[f"node_modules/{name}"]["name"] for name in ("onnxruntime-node", "sharp")]
     assert not {"onnxruntime-node", "sharp"} & set(heavy)  # for Node only: something tiny stands for them
-
-
-@pytest.mark.parametrize(
-    ("fate", "words"),
-    [("refuse", "npm failed with exit code 1: code EINTEGRITY sha512-x is not sha512-y"), ("empty", "npm brought no")],
-)
-def test_npm_fails_and_a_later_set_up_succeeds(fate, words, npm, tmp_path, monkeypatch):
-    monkeypatch.setenv("FAKE_NPM", fate)
-    with pytest.raises(ServeError, match=words) as caught:
-        set_up(tmp_path / "cache", Progress(quiet=True))
-    assert "complete log" not in str(caught.value)
-    assert list((tmp_path / "cache").iterdir()) == []
-    monkeypatch.delenv("FAKE_NPM")
-    set_up(tmp_path / "cache", Progress(quiet=True))
-
-
-def test_killed_in_the_middle_and_run_again(npm, tmp_path, monkeypatch):
-    monkeypatch.setenv("MKA_EXPORT_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setenv("FAKE_NPM", "killed")
-    command = [sys.executable, "-c", MAIN, "serve", "--setup"]
-    assert subprocess.run(command, capture_output=True, check=False).returncode == -9
-    assert all(path.name.startswith(".") for path in (tmp_path / "cache").iterdir())
-    with pytest.raises(ServeError, match="not set up"):
-        require_scripts(tmp_path / "cache")
-    monkeypatch.delenv("FAKE_NPM")
-    made = set_up(tmp_path / "cache", Progress(quiet=True))
-    assert [path.name for path in (tmp_path / "cache").iterdir()] == [made.folder.name]
 
 
 @pytest.mark.parametrize("damage", ["changed", "missing", "record"])
