@@ -75,8 +75,11 @@ class Handler(BaseHTTPRequestHandler):
 
     server: Server
     protocol_version = "HTTP/1.1"
-    server_version, sys_version = "mka-export", ""
     timeout = PATIENCE
+
+    def version_string(self) -> str:
+        """Return what the header Server says."""
+        return "mka-export"
 
     def do_GET(self) -> None:
         """Send a resource, or the part of it that is asked for."""

@@ -17,7 +17,7 @@ import psutil
 import pytest
 from click.testing import CliRunner
 from page import fake_gguf, serving
-from ties import require_same_or_a_tie
+from ties import NEAR, require_same_or_a_tie
 
 from mka_export.cli import main
 from mka_export.models.text import sample_prompts
@@ -31,6 +31,7 @@ from mka_export.serve.scripts import set_up
 pytestmark = pytest.mark.real
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 PHONE = (390, 844)
+ENDINGS = {"onnx": "onnx-int4", "gguf": "gguf-q4"}
 
 Talk = Callable[..., dict[str, Any]]
 
@@ -92,10 +93,10 @@ def talk(browser: str, tmp_path_factory: pytest.TempPathFactory) -> Talk:
 
 @pytest.fixture(scope="module")
 def out(four_bits: tuple[Path, object], real_smollm2: Path) -> Path:
-    """An output folder with int4 ONNX and a Q4_K_M GGUF."""
+    """An output folder with int4 ONNX, and GGUF in Q4_K_M and F16."""
     folder = four_bits[0].parent.parent
     small = ["--imatrix", "none", "--windows", "2", "--window-tokens", "16", "--quiet"]
-    arguments = ["convert", real_smollm2, "--to", "gguf-q4", "--out", folder, *small]
+    arguments = ["convert", real_smollm2, "--to", "gguf-q4", "--to", "gguf-f16", "--out", folder, *small]
     result = CliRunner().invoke(main, [str(each) for each in arguments])
     assert result.exit_code in (0, 3, 4), result.output  # so few windows decide nothing
     return folder
@@ -122,34 +123,57 @@ def test_onnx_says_what_onnxruntime_genai_does(url, out, talk, screenshots):
         assert answer == prompt + run["text"]
 
 
-def test_gguf_says_what_llama_cpp_does(url, out, talk, screenshots):
-    (path,) = next(artifact for artifact in find_artifacts(out) if artifact.kind == "gguf").files.values()
-    prompts, tokens = sample_prompts(), 24
+# Where weights are of Q4_0, Q5_0 or Q8_0, llama.cpp rounds what they are multiplied by to 8 bits, and in WebAssembly it
+# truncates (quantize_row_q8_0 in ggml/src/ggml-cpu/arch/wasm/quants.c). 81 % of SmolLM2's Q4_K_M are of these.
+@pytest.mark.parametrize(
+    ("target", "count", "tokens", "near"), [("gguf-f16", 2, 8, NEAR), ("gguf-q4", None, 24, 0.2)], ids=["f16", "q4_k_m"]
+)
+def test_gguf_says_what_llama_cpp_does(target, count, tokens, near, url, out, talk, screenshots):
+    (path,) = next(artifact for artifact in find_artifacts(out) if artifact.target == target).files.values()
+    prompts = sample_prompts()[:count]
     said = [("text", prompt, tokens) for prompt in prompts]
-    found = talk(url, path.name, said, threads=1, screenshot=screenshots / "gguf")
+    found = talk(url, path.name, said, threads=1, screenshot=screenshots / target)
     assert (found["error"], found["errors"], found["notice"]) == (None, [], None)
     assert found["facts"].startswith("llama.cpp ")
     runtime = LlamaCppRuntime(path)
     for prompt, run, answer in zip(prompts, found["runs"], found["answers"], strict=True):
         ids = runtime.tokenize(prompt)
-        require_same_or_a_tie(runtime, ids, run["ids"], runtime.generate([ids], tokens)[0])
+        require_same_or_a_tie(runtime, ids, run["ids"], runtime.generate([ids], tokens)[0], near)
         assert run["ids"]
         assert answer == prompt + run["text"]
 
 
+def test_gguf_in_a_browser_without_new_webassembly(url, out, talk):
+    """As Safari is: wllama has another build for it, which must come from here, too."""
+    (path,) = next(artifact for artifact in find_artifacts(out) if artifact.target == "gguf-q4").files.values()
+    found = talk(url, path.name, [("text", "The capital of France is", 4)], threads=1, older=True)
+    assert (found["error"], found["errors"]) == (None, [])
+    assert any("wllama-compat.wasm" in each for each in found["fetched"])
+    assert "Paris" in found["answers"][0]
+
+
+def test_a_second_visit_fetches_no_model_again(url, out, talk):
+    for target in ENDINGS.values():
+        artifact = next(artifact for artifact in find_artifacts(out) if artifact.target == target)
+        found = talk(url, artifact.name, [("text", "The capital of France is", 1)], visits=2)
+        assert (found["error"], found["errors"]) == (None, [])
+        weights = [each for each in found["fetched"] if each.endswith((".gguf", ".onnx", ".onnx_data"))]
+        assert len(weights) == len(set(weights)) > 0
+
+
 @pytest.mark.parametrize("kind", ["onnx", "gguf"])
 def test_chat_on_a_phone(kind, url, out, talk, screenshots):
-    name = next(artifact.name for artifact in find_artifacts(out) if artifact.kind == kind)
+    name = next(artifact.name for artifact in find_artifacts(out) if artifact.target.endswith(ENDINGS[kind]))
     said = [("chat", "Who are you?", 12), ("chat", "And who made you?", 12)]
     found = talk(url, name, said, viewport=PHONE, screenshot=screenshots / f"{kind}-phone")
     assert (found["error"], found["errors"]) == (None, [])
-    assert "SmolLM" in found["answers"][0]
     assert len(found["answers"]) == 2
+    assert "helpful" in found["answers"][0]  # as its template says that it is
 
 
 @pytest.mark.parametrize("kind", ["onnx", "gguf"])
 def test_stop(kind, url, out, talk, screenshots):
-    name = next(artifact.name for artifact in find_artifacts(out) if artifact.kind == kind)
+    name = next(artifact.name for artifact in find_artifacts(out) if artifact.target.endswith(ENDINGS[kind]))
     wishes = {"stopAfter": 6000, "threads": 1, "dark": True, "viewport": PHONE}
     found = talk(url, name, [("text", "1 2 3 4", 1000)], screenshot=screenshots / f"{kind}-dark", **wishes)
     assert found["error"] is None
@@ -170,7 +194,7 @@ def elsewhere() -> str:
 @pytest.mark.parametrize("tls", [False, True])
 def test_from_another_device(tls, out, cache, talk):
     address = elsewhere()
-    (path,) = next(artifact for artifact in find_artifacts(out) if artifact.kind == "gguf").files.values()
+    (path,) = next(artifact for artifact in find_artifacts(out) if artifact.target == "gguf-q4").files.values()
     with serving(out, "--host", address, *(["--tls"] if tls else [])) as (_, url):
         assert urlsplit(url)[:1] == ("https" if tls else "http",)
         found = talk(url, path.name, [("text", "The capital of France is", 4)], viewport=PHONE)
@@ -178,7 +202,7 @@ def test_from_another_device(tls, out, cache, talk):
     assert "Paris" in found["answers"][0]
     assert (found["notice"] is None) == tls
     if not tls:
-        assert found["notice"].startswith("One thread, files are fetched again at each visit: ")
+        assert found["notice"].startswith("No shared memory: one thread. No store: files are fetched again ")
         assert found["runs"][0]["threads"] == 1
 
 
@@ -187,5 +211,13 @@ def test_a_file_that_is_no_model_is_one_line(cache, talk, tmp_path):
     with serving(path) as (_, url):
         found = talk(url, path.name, [("text", "Hello", 4)])
     assert found["runs"] == []
-    assert found["error"]
+    assert found["error"].startswith("llama.cpp cannot load it: gguf_init")
     assert "\n" not in found["error"]
+
+
+def test_a_server_that_is_gone_is_one_line(cache, talk, tmp_path):
+    path = fake_gguf(tmp_path / "gone.gguf")
+    with serving(path) as (process, url):
+        found = talk(url, path.name, [], endServer=process.pid)
+    assert (found["runs"], "\n" in found["error"]) == ([], False)
+    assert found["error"].startswith("The server does not answer")

@@ -38,16 +38,15 @@ export async function fetchBlob(url, store, report) {
     try {
       await store.put(url, await fetched());
       return await (await store.match(url)).blob();
-    } catch (error) {
-      if (error.name !== "QuotaExceededError") {
-        throw error;
-      }
+    } catch {
+      // It is full, or may not be written: browsers have several names for that.
     }
   }
   return (await fetched()).blob();
 }
 
-function counting(report) {
+/** Let bytes through, and report how many they are so far. */
+export function counting(report) {
   let bytes = 0;
   return new TransformStream({
     transform(chunk, controller) {

@@ -9,12 +9,20 @@ export async function open(artifact, { library, versions, threads, store, report
   const { Wllama } = await import(`${library}wllama.js`);
   const blob = await fetchBlob(artifact.url, store, (bytes) => report("Fetching", bytes / artifact.nbytes));
   report("Starting llama.cpp", null);
-  const silent = { debug() {}, log() {}, warn() {}, error: console.error };
-  const wllama = new Wllama({ default: `${library}wllama.wasm` }, { logger: silent });
+  const said = []; // what llama.cpp complained of
+  const note = (...words) => said.push(words.join(" "));
+  const wllama = new Wllama(
+    { default: `${library}wllama.wasm` },
+    // Its own store, which is not used, cannot even be made over plain http.
+    { cacheManager: {}, modelManager: {}, logger: { debug() {}, log() {}, warn: note, error: note } },
+  );
   // Without this, browsers that need the other build would be sent to a server elsewhere for it.
   wllama.setCompat({ worker: `${library}wllama-compat.js`, wasm: `${library}wllama-compat.wasm` });
   try {
     await wllama.loadModel([blob], { n_ctx: CONTEXT, n_threads: threads, n_parallel: 1, n_gpu_layers: 0, warmup: false });
+    if (wllama.getLoadedContextInfo().n_vocab === 0) {
+      throw new Error(`llama.cpp cannot load it: ${said[0] ?? "it does not say why"}`); // wllama takes that for success
+    }
   } catch (error) {
     await wllama.exit();
     throw error;

@@ -5,9 +5,9 @@ export async function open(artifact, { library, versions, threads, store, report
   const worker = new Worker("onnx_worker.js", { type: "module" });
   const call = caller(worker);
   const parts = new Map();
-  const onProgress = ({ file, loaded }) => {
-    parts.set(file, loaded);
-    const share = [...parts.values()].reduce((sum, bytes) => sum + bytes, 0) / artifact.nbytes;
+  const onProgress = ({ file, bytes }) => {
+    parts.set(file, bytes);
+    const share = [...parts.values()].reduce((sum, each) => sum + each, 0) / artifact.nbytes;
     report(share < 0.999 ? "Fetching" : "Starting ONNX Runtime", share < 0.999 ? share : null);
   };
   try {

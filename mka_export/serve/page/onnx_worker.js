@@ -1,6 +1,6 @@
 // The worker of onnx.js: one model, asked by messages.
 
-import { CACHE } from "./files.js";
+import { CACHE, counting } from "./files.js";
 
 let library, model, tokenizer, stopped;
 let seen = null; // by the model so far: its key-value cache, and the ids it is of
@@ -31,13 +31,14 @@ async function load({ id, place, threads, keep }) {
   const runtime = `${self.location.origin}${place}ort-wasm-simd-threaded`;
   env.backends.onnx.wasm.wasmPaths = { mjs: `${runtime}.mjs`, wasm: `${runtime}.wasm` };
   env.backends.onnx.wasm.numThreads = threads;
-  const progress_callback = ({ status, file, loaded }) => {
-    if (status === "progress") {
-      postMessage({ news: { file, loaded } });
-    }
+  // Its own report of progress would ask for every file twice, to know its size.
+  env.fetch = async (file, how) => {
+    const response = await fetch(file, how);
+    const count = counting((bytes) => postMessage({ news: { file, bytes } }));
+    return response.ok ? new Response(response.body.pipeThrough(count), response) : response;
   };
-  tokenizer = await AutoTokenizer.from_pretrained(id, { progress_callback });
-  model = await AutoModelForCausalLM.from_pretrained(id, { device: "wasm", progress_callback });
+  tokenizer = await AutoTokenizer.from_pretrained(id);
+  model = await AutoModelForCausalLM.from_pretrained(id, { device: "wasm" });
   return { chat: Boolean(tokenizer.chat_template) };
 }
 

@@ -22,13 +22,13 @@ async function start() {
   by("threads").max = most;
   by("threads").value = Math.min(most, MOST_THREADS);
   by("threads").disabled = most === 1;
-  const missing = [!crossOriginIsolated && "one thread", !store && "files are fetched again at each visit"];
-  if (missing.some(Boolean)) {
-    by("notice").textContent =
-      `${missing.filter(Boolean).join(", ").replace(/^o/, "O").replace(/^f/, "F")}: this page came over plain http ` +
-      "from another device, to which browsers give neither shared memory nor a store. The server's --tls changes that.";
-    by("notice").hidden = false;
-  }
+  const lacks = [
+    !crossOriginIsolated && "No shared memory: one thread.",
+    !store && "No store: files are fetched again at each visit.",
+    !isSecureContext && "Browsers give neither to a page that came over plain http from another device; see serve --tls.",
+  ].filter(Boolean);
+  by("notice").textContent = lacks.join(" ");
+  by("notice").hidden = lacks.length === 0;
   by("models").append(...site.artifacts.map(card));
   const first = document.querySelector("input[name=model]:enabled");
   if (first) {
@@ -100,7 +100,6 @@ async function load(event) {
     by("empty").textContent = engine.chat
       ? "Say something."
       : "This model has no chat template: it continues the text that you write.";
-    const modes = document.forms.ask.elements.mode;
     document.querySelector("input[name=mode][value=chat]").disabled = !engine.chat;
     document.querySelector(`input[name=mode][value=${engine.chat ? "chat" : "text"}]`).checked = true;
     by("panel").open = wide.matches;
@@ -180,10 +179,17 @@ async function attempt(during, otherwise, work) {
   try {
     setState(await work());
   } catch (error) {
-    by("error").textContent = String(error?.message ?? error).split("\n")[0].slice(0, 300) || "It failed, without a reason.";
+    by("error").textContent = inOneLine(error);
     by("error").hidden = false;
     setState(engine ? otherwise : "idle");
   }
+}
+
+function inOneLine(error) {
+  if (error instanceof TypeError && /fetch|network|import|load failed/i.test(error.message)) {
+    return "The server does not answer. Is it still running?"; // browsers have no other name for that
+  }
+  return String(error?.message ?? error).split("\n")[0].slice(0, 300) || "It failed, without a reason.";
 }
 
 function setState(state) {
@@ -247,6 +253,6 @@ by("prompt").addEventListener("keydown", (event) => {
   }
 });
 start().catch((error) => {
-  by("error").textContent = `The server does not answer: ${error.message}`;
+  by("error").textContent = inOneLine(error);
   by("error").hidden = false;
 });

@@ -1,10 +1,11 @@
 // node talk.mjs REQUEST: open the page in Chromium, load a model, say things to it, and print what came of it, as JSON.
 // REQUEST: browser (its program), url, model (its name on the page), said ([mode, text, most tokens], ...), and, if
-// wanted: threads, viewport ([width, height]), dark, stopAfter (milliseconds), screenshot (path without ending).
+// wanted: threads, viewport ([width, height]), dark, stopAfter (milliseconds), screenshot (path without ending),
+// visits (how often to load), older (without the newest WebAssembly), endServer (its process, before loading).
 import { chromium } from "playwright-core";
 
 const request = JSON.parse(process.argv[2]);
-const found = { runs: [], errors: [], elsewhere: [], answers: [] };
+const found = { runs: [], errors: [], elsewhere: [], fetched: [], answers: [] };
 const browser = await chromium.launch({ executablePath: request.browser, args: ["--no-sandbox"] });
 try {
   const [width, height] = request.viewport ?? [1280, 800];
@@ -21,6 +22,7 @@ try {
   page.on("pageerror", (error) => found.errors.push(error.message));
   page.on("request", (sent) => {
     const place = sent.url().replace(/^blob:/, "");
+    found.fetched.push(place);
     if (!place.startsWith(request.url)) {
       found.elsewhere.push(place);
     }
@@ -29,16 +31,25 @@ try {
     request.screenshot && page.screenshot({ path: `${request.screenshot}-${name}.png` });
   const ready = () => page.waitForSelector("body[data-state=ready], #error:not([hidden])");
 
-  await page.goto(request.url);
-  await page.waitForSelector("body[data-state=idle]");
-  await page.evaluate(() => (document.body.dataset.ids = ""));
-  await shoot("start");
-  await page.check(`input[name=model][data-name="${request.model}"]`);
-  if (request.threads) {
-    await page.fill("#threads", String(request.threads));
+  if (request.older) {
+    await page.addInitScript(() => delete WebAssembly.Suspending);
   }
-  await page.click("#load");
-  await ready();
+  for (let visit = 0; visit < (request.visits ?? 1); visit++) {
+    await page.goto(request.url);
+    await page.waitForSelector("body[data-state=idle]");
+    await page.evaluate(() => (document.body.dataset.ids = ""));
+    await shoot("start");
+    await page.check(`input[name=model][data-name="${request.model}"]`);
+    if (request.threads) {
+      await page.fill("#threads", String(request.threads));
+    }
+    if (request.endServer) {
+      process.kill(request.endServer);
+      await page.waitForTimeout(500);
+    }
+    await page.click("#load");
+    await ready();
+  }
   for (const [mode, text, limit] of request.said) {
     if (await page.isVisible("#error")) {
       break;
