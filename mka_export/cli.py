@@ -22,6 +22,7 @@ from mka_export.options import (
     MergeOptions,
     OutputOptions,
     PreviewOptions,
+    ServeOptions,
     TextOptions,
     options,
 )
@@ -178,6 +179,19 @@ def verify(folder: Path, as_json: bool, quiet: bool) -> None:
             f"{count} files, " + (f"{len(findings)} not as they were made" if findings else "all as they were made")
         )
     sys.exit(1 if findings else 0)
+
+
+@main.command()
+@click.argument("out", required=False, type=click.Path(path_type=Path))
+@options(chosen=ServeOptions)
+def serve(out: Path | None, **groups: Any) -> None:
+    """Serve a page on which the artifacts in OUT are talked to in a browser.
+
+    OUT is an output folder, a .gguf file or an ONNX folder. Models run on the device that shows the page.
+    """
+    from mka_export.serve import serve as serve_page
+
+    sys.exit(serve_page(out, **groups))
 
 
 @main.command()

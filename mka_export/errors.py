@@ -58,6 +58,10 @@ class RuntimeFailure(MkaError):
     """A runtime that could not load or run an artifact."""
 
 
+class ServeError(MkaError):
+    """A page that cannot be set up or served."""
+
+
 def printable(text: str) -> str:
     """Return ``text`` as a line that a terminal shows and does not obey; without the middle, if it is endless."""
     if len(text) > LONGEST:

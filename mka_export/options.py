@@ -217,6 +217,22 @@ class OutputOptions:
     quiet: bool = option(False, "No progress on stderr.", is_flag=True)
 
 
+@dataclass(frozen=True)
+class ServeOptions:
+    """Where the page is served, and how."""
+
+    setup: bool = option(
+        False, "Bring the page's scripts with npm, once: pinned versions, checked against their hashes.", is_flag=True
+    )
+    host: str = option("127.0.0.1", "Address to listen on; 0.0.0.0 opens the page to the network.", type=str)
+    port: int = option(8765, "Port; 0 takes any that is free.", type=click.IntRange(0, 65535))
+    tls: bool = option(
+        False,
+        "Serve https with a new, self-signed certificate, so that browsers on other devices give the page threads.",
+        is_flag=True,
+    )
+
+
 def options(**groups: type) -> Callable[[Command], Command]:
     """Give a command the flags of some options objects; it receives the objects, by the names given here."""
 

@@ -12,6 +12,7 @@ for name in ("OMP_NUM_THREADS", "OMP_THREAD_LIMIT", "OPENBLAS_NUM_THREADS", "MKL
     os.environ.setdefault(name, "1")
 
 import pytest  # noqa: E402  (after the threads are set)
+from click.testing import CliRunner, Result  # noqa: E402
 from pico import REPOSITORY, make_pico  # noqa: E402
 
 
@@ -51,3 +52,16 @@ def shared_data() -> Path:
     if not path.is_dir():
         pytest.skip(f"{path} is not there")
     return path
+
+
+@pytest.fixture(scope="session")
+def four_bits(real_smollm2: Path, shared_data: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Result]:
+    """SmolLM2 in int4 ONNX: its folder, and what the command said."""
+    from mka_export.cli import main
+
+    out = tmp_path_factory.mktemp("int4") / "out"
+    text = ["--text", shared_data / "wikitext2" / "wiki.test.raw", "--windows", "8", "--window-tokens", "256"]
+    arguments = ["convert", real_smollm2, "--to", "onnx-int4", "--out", out, *text, "--json", "--quiet"]
+    result = CliRunner().invoke(main, [str(each) for each in arguments])
+    (folder,) = (path for path in (out / "onnx-int4").iterdir() if path.is_dir())
+    return folder, result

