@@ -1,0 +1,28 @@
+#!/usr/bin/env bash
+# prepare.sh FOLDER: an arm64 Python of Debian 12 with numpy and ONNX Runtime, for tests/mka_onnx/test_arm64_real.py.
+#
+# Needs apt, dpkg, unzip and pip of an x86-64 Debian 12, and qemu-user-static to run it. Nothing is installed: the packages are
+# unpacked in FOLDER.
+set -euo pipefail
+folder=$(realpath -m "$1")
+mkdir -p "$folder"/{lists/partial,packages,wheels,root/proc}
+cd "$folder/packages"
+
+packages=(python3.11-minimal libpython3.11-minimal libpython3.11-stdlib libc6 libgcc-s1 libstdc++6 libgomp1 libexpat1
+    zlib1g libssl3 libffi8 libbz2-1.0 liblzma5 libuuid1 libsqlite3-0 libcrypt1)
+debian=(-q -o APT::Architecture=arm64 -o APT::Architectures=arm64 -o Dir::State::lists="$folder/lists"
+    -o Dir::State::status=/dev/null -o APT::Sandbox::User=root)
+apt-get "${debian[@]}" update
+apt-get "${debian[@]}" download "${packages[@]}"
+for package in *.deb; do dpkg -x "$package" "$folder/root"; done
+
+pip download --quiet --no-deps --only-binary :all: --python-version 3.11 --platform manylinux_2_28_aarch64 \
+    --platform manylinux_2_27_aarch64 --platform manylinux2014_aarch64 --dest "$folder/wheels" \
+    "numpy==2.3.5" "onnxruntime==$(python -c 'from importlib.metadata import version; print(version("onnxruntime"))')"
+for wheel in "$folder"/wheels/*.whl; do unzip -q -o "$wheel" -d "$folder/site"; done
+
+# ONNX Runtime reads it, and qemu shows that of the host.
+for core in 0 1; do
+    printf 'processor\t: %s\nFeatures\t: fp asimd aes pmull sha1 sha2 crc32 atomics fphp asimdhp asimdrdm lrcpc dcpop asimddp\n' $core
+    printf 'CPU implementer\t: 0x41\nCPU architecture: 8\nCPU variant\t: 0x3\nCPU part\t: 0xd0c\nCPU revision\t: 1\n\n'
+done >"$folder/root/proc/cpuinfo"
