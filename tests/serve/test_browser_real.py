@@ -28,24 +28,15 @@ from mka_export.progress import Progress
 from mka_export.serve.artifacts import find_artifacts
 from mka_export.serve.scripts import set_up
 
-pytestmark = pytest.mark.real
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
+BROWSER = next(filter(None, map(shutil.which, BROWSERS)), None)
+MISSING = [program for program in ("node", "npm") if not shutil.which(program)] + ["Chromium"] * (BROWSER is None)
+pytestmark = [pytest.mark.real, pytest.mark.skipif(bool(MISSING), reason=f"there is no {', no '.join(MISSING)}")]
 PHONE = (390, 844)
 TWO = min(2, os.cpu_count() or 1)  # threads
 ENDINGS = {"onnx": "onnx-int4", "gguf": "gguf-q4"}
 
 Talk = Callable[..., dict[str, Any]]
-
-
-@pytest.fixture(scope="module")
-def browser() -> str:
-    for program in ("node", "npm"):
-        if shutil.which(program) is None:
-            pytest.skip(f"there is no {program}")
-    found = next(filter(None, map(shutil.which, BROWSERS)), None)
-    if found is None:
-        pytest.skip(f"there is none of {', '.join(BROWSERS)}")
-    return found
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +50,7 @@ def screenshots() -> Path:
 
 
 @pytest.fixture(scope="module")
-def cache(browser: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """The page's scripts, as npm brings them."""
     folder = tmp_path_factory.mktemp("cache")
     set_up(folder, Progress(quiet=True))
@@ -69,13 +60,13 @@ def cache(browser: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pa
 
 
 @pytest.fixture(scope="module")
-def talk(browser: str, tmp_path_factory: pytest.TempPathFactory) -> Talk:
+def talk(tmp_path_factory: pytest.TempPathFactory) -> Talk:
     folder = tmp_path_factory.mktemp("driver") / "browser"
     shutil.copytree(Path(__file__).parent / "browser", folder)
     subprocess.run(["npm", "ci", "--ignore-scripts", "--no-audit"], cwd=folder, check=True, capture_output=True)
 
     def ask(url: str, model: str, said: list[tuple[str, str, int]], **wishes: object) -> dict[str, Any]:
-        request = {"browser": browser, "url": url, "model": model, "said": said, **wishes}
+        request = {"browser": BROWSER, "url": url, "model": model, "said": said, **wishes}
         command = ["node", "talk.mjs", json.dumps(request, default=str)]
         done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=600, check=False)
         assert done.returncode == 0, done.stderr
