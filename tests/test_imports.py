@@ -17,7 +17,9 @@ def test_nobody_imports_what_they_must_not(monkeypatch: pytest.MonkeyPatch, caps
     assert not failed, capsys.readouterr().out
 
 
-@pytest.mark.parametrize("module", ["cli", "target", "data", "errors", "progress", "report", "models.sources"])
+@pytest.mark.parametrize(
+    "module", ["cli", "target", "data", "errors", "progress", "report", "models.sources", "serve.running"]
+)
 def test_light_modules_stay_light(module: str) -> None:
     """So that ``--help`` and a wrong name are answered at once."""
     code = (

@@ -46,7 +46,7 @@ class Servable:
     def tag(self) -> str:
         """Return a name that changes with the files, so that no browser takes an older one for it."""
         states = {name: identity(path.stat()) for name, path in sorted(self.files.items())}
-        return hashlib.sha256(f"{self.kind} {self.name} {states}".encode()).hexdigest()[:16]
+        return hashlib.sha256(f"{self.kind} {self.name!r} {states}".encode()).hexdigest()[:16]
 
 
 def identity(state: os.stat_result) -> tuple[int, ...]:

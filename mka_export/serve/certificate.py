@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import hashlib
+import ipaddress
 import ssl
 from collections.abc import Collection
 
@@ -27,7 +29,7 @@ def secure(server: Server, names: Collection[str]) -> str:
     except ImportError:
         raise ServeError("--tls needs the package trustme", "Run: pip install 'mka-export[serve]'") from None
     until = datetime.datetime.now(datetime.timezone.utc) + datetime.timedelta(days=DAYS)
-    valid = [name for name in names if name and name.isascii() and len(name) < 64]
+    valid = filter(_can_be_certified, names)
     certificate = trustme.CA(organization_name="mka-export serve").issue_cert(*valid, not_after=until)
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     certificate.configure_cert(context)
@@ -35,3 +37,13 @@ def secure(server: Server, names: Collection[str]) -> str:
     server.socket = context.wrap_socket(server.socket, server_side=True, do_handshake_on_connect=False)
     der = ssl.PEM_cert_to_DER_cert(certificate.cert_chain_pems[0].bytes().decode("ascii"))
     return ":".join(f"{byte:02X}" for byte in hashlib.sha256(der).digest())
+
+
+def _can_be_certified(name: str) -> bool:
+    import idna
+
+    with contextlib.suppress(ValueError):
+        return bool(ipaddress.ip_address(name))
+    with contextlib.suppress(idna.IDNAError):
+        return bool(idna.encode(name, uts46=True))
+    return False  # as my_host

@@ -52,8 +52,8 @@ def listen(
     try:
         family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
         return Server((str(address[0]), int(address[1])), site, names or {"localhost"}, family)
-    except socket.gaierror as error:
-        raise ServeError(f"--host {host} is no address: {error.strerror}", "Give one of this machine's.") from error
+    except (socket.gaierror, UnicodeError) as error:  # the latter of names that no name server could know
+        raise ServeError(f"--host {host} is no address", "Give one of this machine's, or 0.0.0.0 for all.") from error
     except OSError as error:
         if error.errno == errno.EADDRINUSE:
             what, remedy = f"port {port} is in use", "Choose another --port, or --port 0 for any that is free."

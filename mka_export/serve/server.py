@@ -86,7 +86,7 @@ class Handler(BaseHTTPRequestHandler):
         if not self._is_for_us():
             self.send_error(HTTPStatus.MISDIRECTED_REQUEST)
             return
-        resource = self.server.site.get(unquote(urlsplit(self.path).path))
+        resource = self.server.site.get(unquote(urlsplit(self.path).path, errors="surrogateescape"))
         try:
             source = None if resource is None else _open(resource)
         except OSError:

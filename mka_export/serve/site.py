@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -74,7 +75,7 @@ def _folder(artifact: Servable) -> str:
 
 def _about(artifact: Servable) -> Mapping[str, object]:
     folder = _folder(artifact)
-    (url,) = (quote(folder + name) for name in artifact.files) if artifact.kind == "gguf" else (folder,)
+    (url,) = (quote(os.fsencode(folder + name)) for name in artifact.files) if artifact.kind == "gguf" else (folder,)
     return {
         "id": artifact.tag,
         "name": artifact.name,

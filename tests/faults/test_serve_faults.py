@@ -60,6 +60,7 @@ CASES: dict[str, tuple[Callable[[Path], object], list[str], tuple[str, ...]]] = 
         ("are damaged: a file is not as it was", "Run again: mka-export serve --setup"),
     ),
     "the address is none": (lambda _: None, ["--host", "999.1.1.1"], ("--host 999.1.1.1 is no address",)),
+    "the address is no name either": (lambda _: None, ["--host", "a" * 70], ("is no address",)),
     "the address is another machine's": (
         lambda _: None,
         ["--host", "192.0.2.200"],

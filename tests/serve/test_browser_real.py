@@ -28,23 +28,15 @@ from mka_export.progress import Progress
 from mka_export.serve.artifacts import find_artifacts
 from mka_export.serve.scripts import set_up
 
-pytestmark = pytest.mark.real
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
+BROWSER = next(filter(None, map(shutil.which, BROWSERS)), None)
+MISSING = [program for program in ("node", "npm") if not shutil.which(program)] + ["Chromium"] * (BROWSER is None)
+pytestmark = [pytest.mark.real, pytest.mark.skipif(bool(MISSING), reason=f"there is no {', no '.join(MISSING)}")]
 PHONE = (390, 844)
+TWO = min(2, os.cpu_count() or 1)  # threads
 ENDINGS = {"onnx": "onnx-int4", "gguf": "gguf-q4"}
 
 Talk = Callable[..., dict[str, Any]]
-
-
-@pytest.fixture(scope="module")
-def browser() -> str:
-    for program in ("node", "npm"):
-        if shutil.which(program) is None:
-            pytest.skip(f"there is no {program}")
-    found = next(filter(None, map(shutil.which, BROWSERS)), None)
-    if found is None:
-        pytest.skip(f"there is none of {', '.join(BROWSERS)}")
-    return found
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +50,7 @@ def screenshots() -> Path:
 
 
 @pytest.fixture(scope="module")
-def cache(browser: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """The page's scripts, as npm brings them."""
     folder = tmp_path_factory.mktemp("cache")
     set_up(folder, Progress(quiet=True))
@@ -68,13 +60,13 @@ def cache(browser: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pa
 
 
 @pytest.fixture(scope="module")
-def talk(browser: str, tmp_path_factory: pytest.TempPathFactory) -> Talk:
+def talk(tmp_path_factory: pytest.TempPathFactory) -> Talk:
     folder = tmp_path_factory.mktemp("driver") / "browser"
     shutil.copytree(Path(__file__).parent / "browser", folder)
     subprocess.run(["npm", "ci", "--ignore-scripts", "--no-audit"], cwd=folder, check=True, capture_output=True)
 
     def ask(url: str, model: str, said: list[tuple[str, str, int]], **wishes: object) -> dict[str, Any]:
-        request = {"browser": browser, "url": url, "model": model, "said": said, **wishes}
+        request = {"browser": BROWSER, "url": url, "model": model, "said": said, **wishes}
         command = ["node", "talk.mjs", json.dumps(request, default=str)]
         done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=600, check=False)
         assert done.returncode == 0, done.stderr
@@ -165,7 +157,7 @@ def test_a_second_visit_fetches_no_model_again(url, out, talk):
 def test_chat_on_a_phone(kind, url, out, talk, screenshots):
     name = next(artifact.name for artifact in find_artifacts(out) if artifact.target.endswith(ENDINGS[kind]))
     said = [("chat", "Who are you?", 12), ("chat", "And who made you?", 12)]
-    found = talk(url, name, said, viewport=PHONE, screenshot=screenshots / f"{kind}-phone")
+    found = talk(url, name, said, viewport=PHONE, threads=TWO, screenshot=screenshots / f"{kind}-phone")
     assert (found["error"], found["errors"]) == (None, [])
     assert len(found["answers"]) == 2
     assert "helpful" in found["answers"][0]  # as its template says that it is
@@ -192,18 +184,26 @@ def elsewhere() -> str:
 
 
 @pytest.mark.parametrize("tls", [False, True])
-def test_from_another_device(tls, out, cache, talk):
+def test_from_another_device(tls, out, cache, talk, screenshots):
     address = elsewhere()
     (path,) = next(artifact for artifact in find_artifacts(out) if artifact.target == "gguf-q4").files.values()
     with serving(out, "--host", address, *(["--tls"] if tls else [])) as (_, url):
-        assert urlsplit(url)[:1] == ("https" if tls else "http",)
-        found = talk(url, path.name, [("text", "The capital of France is", 4)], viewport=PHONE)
+        assert urlsplit(url).scheme == ("https" if tls else "http")
+        wishes = {"threads": TWO} if tls else {}
+        said = [("text", "The capital of France is", 4)]
+        found = talk(url, path.name, said, viewport=PHONE, screenshot=screenshots / f"tls-{tls}", **wishes)
     assert (found["error"], found["isolated"]) == (None, tls)
+    assert found["runs"][0]["threads"] == (TWO if tls else 1)
     assert "Paris" in found["answers"][0]
     assert (found["notice"] is None) == tls
     if not tls:
         assert found["notice"].startswith("No shared memory: one thread. No store: files are fetched again ")
-        assert found["runs"][0]["threads"] == 1
+
+
+def test_a_text_that_is_too_long_is_one_line(url, out, talk):
+    name = next(artifact.name for artifact in find_artifacts(out) if artifact.target == "gguf-q4")
+    found = talk(url, name, [("text", "much " * 3000, 4), ("text", "The capital of France is", 4)], threads=1)
+    assert found["error"] == "That is too long: conversation and answer have 2048 tokens together."
 
 
 def test_a_file_that_is_no_model_is_one_line(cache, talk, tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import socket
 import ssl
 import threading
@@ -24,7 +25,7 @@ from mka_export.serve.server import Server
 def answering(out: Path, cache: Path, *, tls: bool = False) -> Iterator[Server]:
     with listen(find_artifacts(out), fake_setup(cache), "127.0.0.1", 0, {"localhost", "me.local"}) as server:
         if tls:
-            secure(server, ["localhost", "127.0.0.1"])
+            secure(server, ["localhost", "my_host", "-x", "", "127.0.0.1", "::1"])
         thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
         thread.start()
         yield server
@@ -183,6 +184,14 @@ def test_hosts_that_are_this_machine(server, host):
 def test_a_foreign_name_that_points_here_is_refused(server, host):
     answer, body = ask(server, "/artifacts.json", Host=host)
     assert (answer.status, b"artifacts" in body) == (421, False)
+
+
+def test_a_name_that_is_no_text(tmp_path):
+    out = fake_out(tmp_path / "out")
+    (out / "gguf-q4" / "a b.gguf").rename(out / "gguf-q4" / os.fsdecode(b"bad\xff\x1b#?%41.gguf"))
+    with answering(out, tmp_path / "cache") as server:
+        answer, body = ask(server, artifacts(server)["gguf"]["url"])
+        assert (answer.status, len(body)) == (200, 100)
 
 
 def test_a_file_that_changed_since_is_not_served(tmp_path):

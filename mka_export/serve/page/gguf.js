@@ -53,6 +53,9 @@ async function generate(wllama, { messages, text, limit, temperature, ids, signa
       ? wllama.createChatCompletion({ ...options, messages, ...(ids && { logprobs: true }) })
       : wllama.createCompletion({ ...options, prompt: text, ...(ids && { logprobs: 1 }) }));
   } catch (error) {
+    if (/exceeds the available context size/.test(error.message)) {
+      throw new Error(`That is too long: conversation and answer have ${CONTEXT} tokens together.`);
+    }
     if (error.name !== "AbortError") {
       throw error;
     }

@@ -2,7 +2,7 @@
 
 import { forgetOthers, openStore } from "./files.js";
 
-const MOST_THREADS = 4; // phones have slow cores besides, which the others would wait for
+const MOST_THREADS = 4; // by default, and half of the cores, as ONNX Runtime has it: the others are slow, or busy
 const ENGINES = { gguf: "./gguf.js", onnx: "./onnx.js" };
 const by = (id) => document.getElementById(id);
 const page = document.body;
@@ -20,7 +20,7 @@ async function start() {
   }
   const most = crossOriginIsolated ? navigator.hardwareConcurrency : 1;
   by("threads").max = most;
-  by("threads").value = Math.min(most, MOST_THREADS);
+  by("threads").value = Math.min(Math.ceil(most / 2), MOST_THREADS);
   by("threads").disabled = most === 1;
   const lacks = [
     !crossOriginIsolated && "No shared memory: one thread.",

@@ -64,7 +64,9 @@ try {
       await page.click("#stop");
     }
     await ready();
-    found.runs.push(await page.evaluate(() => window.lastRun));
+    if (await page.isHidden("#error")) {
+      found.runs.push(await page.evaluate(() => window.lastRun));
+    }
   }
   await shoot("end");
   found.answers = await page.locator("article:not(.asked) > p").allTextContents();
