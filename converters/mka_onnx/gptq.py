@@ -13,6 +13,7 @@ HOLD, FLOOR = (
     0.05,
     1e-12,
 )  # of scales: how strongly, relative to their blocks, they are held; a block of zeros keeps its own
+EQUATIONS = 2**24  # coefficients of scales in memory at a time
 COLUMNS = 32  # whose errors are carried over one by one; to the others together
 
 
@@ -87,17 +88,28 @@ def fit_scales(blocks: Blocks, weight: Tensor, gram: Tensor) -> Blocks:
         gram: mean of x xᵀ: (columns, columns).
     """
     columns, block = weight.shape[1], blocks.block
-    padding, shape = -columns % block, (len(weight), -1, block)
-    steps = blocks.codes.float() - _spread(blocks.zeros.float(), block, columns)
-    steps = torch.nn.functional.pad(steps, (0, padding)).view(shape)
-    every = torch.nn.functional.pad(gram, (0, padding, 0, padding)).view(-1, block, columns + padding)
-    parts = zip(steps.unbind(1), every.unbind(0), strict=True)
-    normal = torch.stack([(part @ rows).view(shape).mul_(steps).sum(dim=-1) for part, rows in parts], dim=1)
-    right = torch.nn.functional.pad(weight @ gram, (0, padding)).view(shape).mul_(steps).sum(dim=-1)
+    padding = -columns % block
+    steps = torch.nn.functional.pad(blocks.codes.float() - _spread(blocks.zeros.float(), block, columns), (0, padding))
+    right = torch.nn.functional.pad(weight @ gram, (0, padding))
+    gram = torch.nn.functional.pad(gram, (0, padding, 0, padding))
+    some = max(1, EQUATIONS // blocks.scales.shape[1] ** 2)
+    found = [
+        _least_squares(steps[part], right[part], blocks.scales[part], gram, block)
+        for part in (slice(start, start + some) for start in range(0, len(weight), some))
+    ]
+    return replace(blocks, scales=torch.cat(found))
+
+
+def _least_squares(steps: Tensor, right: Tensor, scales: Tensor, gram: Tensor, block: int) -> Tensor:
+    """Return the scales (rows, blocks) of some rows, from their codes less the zeros and W G, both (rows, columns)."""
+    parts = steps.view(len(steps), -1, block)
+    pairs = zip(parts.unbind(1), torch.split(gram, block), strict=True)
+    normal = torch.stack([(part @ rows).view_as(parts).mul_(parts).sum(dim=-1) for part, rows in pairs], dim=1)
     held = HOLD * normal.diagonal(dim1=1, dim2=2) + FLOOR
     normal += torch.diag_embed(held)
-    scales: Tensor = torch.linalg.solve(normal.double(), (right + held * blocks.scales).double())
-    return replace(blocks, scales=scales.float())
+    products = (right.view_as(parts) * parts).sum(dim=-1) + held * scales
+    found: Tensor = torch.linalg.solve(normal.double(), products.double())
+    return found.float()
 
 
 def _grids(weight: Tensor, importance: Tensor, bits: int, block: int, symmetric: bool) -> tuple[Tensor, Tensor]:
