@@ -9,6 +9,7 @@ import torch
 from numpy.typing import NDArray
 from onnx import GraphProto, numpy_helper
 
+from mka_export.errors import ConversionError
 from mka_export.models.checkpoint import Checkpoint
 from mka_onnx.nbits import MATMUL
 from mka_onnx.nodes import HEAD, MATRICES, node_name
@@ -36,13 +37,21 @@ def round_anew(graph: GraphProto, checkpoint: Checkpoint, block: int) -> None:
 
     Args:
         graph: with its weights in it.
+
+    Raises:
+        ConversionError: the graph has a matrix that is no layer's and not the head's.
     """
     tensors, sources = {tensor.name: tensor for tensor in graph.initializer}, dict(_sources(checkpoint))
     for node in graph.node:
         about = {attribute.name: attribute for attribute in node.attribute}
         if node.op_type != MATMUL or about["bits"].i != 8 or about["K"].i % block:
             continue
-        weights = torch.cat([checkpoint.tensor(name).float() for name in sources[node.name.rpartition("_Q")[0]]])
+        if (names := sources.get(node.name.rpartition("_Q")[0])) is None:
+            raise ConversionError(
+                f"the builder's graph has an unknown matrix, {node.name}",
+                "This version of onnxruntime-genai is not supported.",
+            )
+        weights = torch.cat([checkpoint.tensor(name).float() for name in names])
         about["block_size"].i = block
         codes, scales = round_to_8_bits(weights.numpy(), block)
         tensors[node.input[1]].CopyFrom(numpy_helper.from_array(codes, node.input[1]))

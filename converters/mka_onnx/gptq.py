@@ -9,10 +9,8 @@ from torch import Tensor
 
 DAMPING = 0.01  # of the Gram matrix' mean diagonal, added to it (the paper's)
 SHRUNK = [1.0 - 0.04 * i for i in range(9)]  # of a block's range, what its grid may cover
-HOLD, FLOOR = (
-    0.05,
-    1e-12,
-)  # of scales: how strongly, relative to their blocks, they are held; a block of zeros keeps its own
+HOLD = 0.05  # how strongly scales are held, relative to the energy of their blocks
+FLOOR = 1e-12  # added to that: a block of zeros keeps its scale
 EQUATIONS = 2**24  # coefficients of scales in memory at a time
 COLUMNS = 32  # whose errors are carried over one by one; to the others together
 
