@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from mka_export.models.activations import Activations
 from mka_export.models.checkpoint import Checkpoint
+from mka_export.parity.runtimes.llama_cpp_runtime import AMX
 from mka_export.progress import Progress
 from mka_export.target import Artifact, Limits, Target
 
@@ -78,6 +79,21 @@ def random_model(tmp_path: Path, pico_llama: Path) -> Save:
         return folder
 
     return save
+
+
+@pytest.fixture(scope="session", autouse=True)
+def without_amx() -> Iterator[None]:
+    """Have the Python class load models as our runtime does: see ``AMX`` there."""
+    defaults = llama_cpp.llama_model_default_params
+
+    def parameters() -> Any:
+        given = defaults()
+        given.use_extra_bufts = not AMX
+        return given
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("llama_cpp.llama_cpp.llama_model_default_params", parameters)
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -21,7 +21,7 @@ from mka_export.parity.runtimes.logits import BATCH, log_softmax, require_known,
 _WARNING, _ERROR, _CONTINUED = 3, 4, 5  # enum ggml_log_level in ggml.h (llama_cpp/_logger.py has others)
 # GCC 12 takes the AMX instruction that configures the tiles for one that reads 8 bytes, and leaves out the stores of the other
 # 56: such a llama.cpp dies by SIGSEGV at the first matrix in AMX's own layout. Without its own layouts no matrix is in it.
-_AMX = b"AMX_INT8 = 1" in llama_cpp.llama_print_system_info()
+AMX = b"AMX_INT8 = 1" in llama_cpp.llama_print_system_info()
 _log: deque[str] = deque(maxlen=8)  # the library's latest warnings and errors
 
 
@@ -74,7 +74,7 @@ class LlamaCppRuntime:
         params = llama_cpp.llama_model_default_params()
         params.n_gpu_layers = gpu_layers
         params.check_tensors = True  # invalid block scales are found here, not as NaN later
-        params.use_extra_bufts = not _AMX
+        params.use_extra_bufts = not AMX
         _log.clear()
         self._model = llama_cpp.llama_model_load_from_file(os.fsencode(path), params)
         if not self._model:
