@@ -12,6 +12,7 @@ from pathlib import Path
 from mka_export.errors import MkaError
 
 GB = 10**9
+BROWSER_BUFFER = 2**31 - 1  # bytes: of an ArrayBuffer, and so of a file of a model there
 UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": GB, "MIB": 2**20, "GIB": 2**30}
 
 

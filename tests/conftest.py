@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from click.testing import CliRunner, Result
+
 # Pico models are far too small to gain from threads, which then only wait for each other: llama.cpp's spin at every
 # barrier, and where the cores are busy a token takes a hundred times as long. It asks for as many as there are cores,
 # whatever OMP_NUM_THREADS says, but gets no more than the limit.
@@ -12,7 +14,6 @@ for name in ("OMP_NUM_THREADS", "OMP_THREAD_LIMIT", "OPENBLAS_NUM_THREADS", "MKL
     os.environ.setdefault(name, "1")
 
 import pytest  # noqa: E402  (after the threads are set)
-from click.testing import CliRunner, Result  # noqa: E402
 from pico import REPOSITORY, make_pico  # noqa: E402
 
 

@@ -91,6 +91,11 @@ class _Lines(io.TextIOBase):
         return len(text)
 
 
+def unknown_builder(what: str) -> ConversionError:
+    """Return the error that the builder made ``what``, which no version known to us does."""
+    return ConversionError(what, "This version of onnxruntime-genai is not supported.")
+
+
 def require_builder() -> None:
     """Raise ``ConversionError`` where the builder is not installed."""
     for name in ("onnxruntime_genai", "onnx_ir", "onnxscript", "onnx"):

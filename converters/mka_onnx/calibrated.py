@@ -11,12 +11,12 @@ import onnx
 import torch
 from torch import Tensor
 
-from mka_export.errors import ConversionError
 from mka_export.models.checkpoint import Checkpoint
 from mka_export.models.onnx_file import read_graph
 from mka_export.models.runner import LayerRunner, check_finite
 from mka_export.models.statistics import Grams
 from mka_export.progress import Progress
+from mka_onnx.building import unknown_builder
 from mka_onnx.gptq import fit_scales, quantize
 from mka_onnx.nbits import NBits, quantized_matrices
 from mka_onnx.nodes import MATRICES, node_name
@@ -43,7 +43,7 @@ def fit_weights(graph: Path, checkpoint: Checkpoint, ids: Tensor, progress: Prog
     matrices = {matrix.name.rpartition("_Q")[0]: matrix for matrix in quantized_matrices(model, graph.parent)}
     for index, node in product(range(checkpoint.num_layers), MATRICES):
         if node_name(index, node) not in matrices:
-            raise _unknown(f"the builder's graph has no {node_name(index, node)}")
+            raise unknown_builder(f"the builder's graph has no {node_name(index, node)}")
     states, names = runner.embed(ids), checkpoint.architecture.layer
     with progress.task("fit the 4-bit weights to the calibration text", checkpoint.num_layers) as task:
         for index in range(checkpoint.num_layers):
@@ -67,13 +67,9 @@ def _fit(matrix: NBits, names: list[str], weights: Mapping[str, Tensor], grams: 
     """Write a better matrix; returns the weights that it now stands for, by their names."""
     whole = torch.cat([weights[name] for name in names])
     if whole.shape != matrix.shape or (matrix.read().dequantize() - whole).norm() > ALIKE * whole.norm():
-        raise _unknown(f"the builder's {matrix.name} is not {' + '.join(names)}")
+        raise unknown_builder(f"the builder's {matrix.name} is not {' + '.join(names)}")
     gram = grams[names[0].removesuffix(".weight")]
     blocks = fit_scales(quantize(whole, gram, matrix.bits, matrix.block, matrix.symmetric), whole, gram)
     matrix.write(blocks)
     parts = torch.split(blocks.dequantize(), [len(weights[name]) for name in names])
     return dict(zip(names, parts, strict=True))
-
-
-def _unknown(what: str) -> ConversionError:
-    return ConversionError(what, "This version of onnxruntime-genai is not supported.")

@@ -9,8 +9,8 @@ import torch
 from numpy.typing import NDArray
 from onnx import GraphProto, numpy_helper
 
-from mka_export.errors import ConversionError
 from mka_export.models.checkpoint import Checkpoint
+from mka_onnx.building import unknown_builder
 from mka_onnx.nbits import MATMUL
 from mka_onnx.nodes import HEAD, MATRICES, node_name
 
@@ -47,10 +47,7 @@ def round_anew(graph: GraphProto, checkpoint: Checkpoint, block: int) -> None:
         if node.op_type != MATMUL or about["bits"].i != 8 or about["K"].i % block:
             continue
         if (names := sources.get(node.name.rpartition("_Q")[0])) is None:
-            raise ConversionError(
-                f"the builder's graph has an unknown matrix, {node.name}",
-                "This version of onnxruntime-genai is not supported.",
-            )
+            raise unknown_builder(f"the builder's graph has an unknown matrix, {node.name}")
         weights = torch.cat([checkpoint.tensor(name).float() for name in names])
         about["block_size"].i = block
         codes, scales = round_to_8_bits(weights.numpy(), block)

@@ -12,15 +12,15 @@ from onnx import GraphProto, TensorProto
 from onnx.external_data_helper import load_external_data_for_model
 
 from mka_export.data import load_json
-from mka_export.errors import ConversionError
 from mka_export.models.checkpoint import Checkpoint
 from mka_export.models.onnx_file import initializers, read_graph
+from mka_export.needs import BROWSER_BUFFER
+from mka_onnx.building import unknown_builder
 from mka_onnx.eight_bits import round_anew
 from mka_onnx.embedding import own_embedding, plain_embedding, quantize_embedding
 from mka_onnx.settings import Precision
 
 GENAI_CONFIG, CONFIG = "genai_config.json", "config.json"
-LARGEST_BUFFER = 2**31 - 1  # bytes: of an ArrayBuffer in browsers, and so of a data file there
 CACHE_WIDTH = "kv_cache_dim"  # the builder's symbol for a head's width
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
 
@@ -44,9 +44,7 @@ def finish(folder: Path, checkpoint: Checkpoint, precision: Precision, block: in
     graph = folder / precision.graph
     built, data = graph.with_name(graph.name + ".data"), graph.with_name(graph.name + "_data")
     if not graph.is_file():
-        raise ConversionError(
-            f"the builder left no {graph.name}", "This version of onnxruntime-genai is not supported."
-        )
+        raise unknown_builder(f"the builder left no {graph.name}")
     config = load_json(folder / GENAI_CONFIG)
     decoder = config["model"]["decoder"]
     model = read_graph(graph)
@@ -78,7 +76,7 @@ def finish(folder: Path, checkpoint: Checkpoint, precision: Precision, block: in
             shutil.copyfile(checkpoint.path / name, folder / name)
     shutil.rmtree(folder / "cache", ignore_errors=True)
     size = data.stat().st_size if external else 0
-    if size <= LARGEST_BUFFER:
+    if size <= BROWSER_BUFFER:
         return []
     return [f"{data.name} has {size / 1e9:.1f} GB; a browser holds at most 2.1 GB in one buffer, and will not open it"]
 

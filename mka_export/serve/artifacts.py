@@ -12,9 +12,9 @@ from typing import Literal
 from mka_export.data import load_json, value_of
 from mka_export.errors import ServeError
 from mka_export.hashes import files_in
+from mka_export.needs import BROWSER_BUFFER
 from mka_export.workspace import FORMAT, MANIFEST, RECORD
 
-LARGEST = 2**31 - 1  # bytes that browsers hold in one buffer
 ONNX_CONFIG = "genai_config.json"  # in every ONNX folder
 KINDS = "Give an output folder of mka-export, a .gguf file, or an ONNX folder."
 
@@ -135,5 +135,5 @@ def _unreadable(files: Mapping[str, Path]) -> str:
 
 
 def _too_large(files: Mapping[str, Path]) -> str:
-    large = [name for name, path in files.items() if path.stat().st_size > LARGEST]
+    large = [name for name, path in files.items() if path.stat().st_size > BROWSER_BUFFER]
     return f"{large[0]} is larger than 2 GiB, more than a browser holds in one buffer" if large else ""

@@ -15,7 +15,7 @@ from fault_tools import type_in
 from page import MAIN, fake_npm, fake_out, fake_setup
 
 from mka_export.errors import ServeError
-from mka_export.serve.artifacts import LARGEST
+from mka_export.needs import BROWSER_BUFFER
 from mka_export.serve.scripts import require_scripts
 
 KINDS = "Give an output folder of mka-export, a .gguf file, or an ONNX folder."
@@ -28,7 +28,7 @@ def emptied(out: Path) -> None:
 
 def enlarged(out: Path) -> None:
     shutil.rmtree(out / "onnx-int4")
-    os.truncate(out / "gguf-q4" / "a b.gguf", LARGEST + 1)
+    os.truncate(out / "gguf-q4" / "a b.gguf", BROWSER_BUFFER + 1)
 
 
 CASES: dict[str, tuple[Callable[[Path], object], list[str], tuple[str, ...]]] = {

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 from page import fake_gguf, fake_onnx, fake_out, fake_setup
 
-from mka_export.serve.artifacts import LARGEST, find_artifacts
+from mka_export.needs import BROWSER_BUFFER
+from mka_export.serve.artifacts import find_artifacts
 from mka_export.serve.site import site_of
 
 
@@ -42,7 +43,7 @@ def test_the_tag_follows_the_files(tmp_path):
     assert after.tag != tag
 
 
-@pytest.mark.parametrize(("nbytes", "offered"), [(LARGEST, True), (LARGEST + 1, False)])
+@pytest.mark.parametrize(("nbytes", "offered"), [(BROWSER_BUFFER, True), (BROWSER_BUFFER + 1, False)])
 def test_a_file_that_no_buffer_holds_is_listed_and_not_offered(nbytes, offered, tmp_path):
     out = fake_out(tmp_path / "out")
     for file in ("gguf-q4/a b.gguf", "onnx-int4/a-int4/onnx/model_q4.onnx_data"):

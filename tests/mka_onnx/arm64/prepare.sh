@@ -4,6 +4,7 @@
 # Needs apt, dpkg, unzip and pip of an x86-64 Debian 12, and qemu-user-static to run it. Nothing is installed: the packages are
 # unpacked in FOLDER.
 set -euo pipefail
+version_of() { python -c "from importlib.metadata import version; print(version('$1'))"; }
 folder=$(realpath -m "$1")
 mkdir -p "$folder"/{lists/partial,packages,wheels,root/proc}
 cd "$folder/packages"
@@ -18,7 +19,7 @@ for package in *.deb; do dpkg -x "$package" "$folder/root"; done
 
 pip download --quiet --no-deps --only-binary :all: --python-version 3.11 --platform manylinux_2_28_aarch64 \
     --platform manylinux_2_27_aarch64 --platform manylinux2014_aarch64 --dest "$folder/wheels" \
-    "numpy==2.3.5" "onnxruntime==$(python -c 'from importlib.metadata import version; print(version("onnxruntime"))')"
+    "numpy==$(version_of numpy)" "onnxruntime==$(version_of onnxruntime)"
 for wheel in "$folder"/wheels/*.whl; do unzip -q -o "$wheel" -d "$folder/site"; done
 
 # ONNX Runtime reads it, and qemu shows that of the host.
