@@ -153,9 +153,9 @@ def compare(model: str, **groups: Any) -> None:
 @options(texts=TextOptions, limits=LimitOptions, device=DeviceOptions, output=OutputOptions)
 def check(artifact: Path, against: str, **groups: Any) -> None:
     """Measure ARTIFACT, any GGUF file or ONNX folder, against a model."""
-    from mka_export import pipeline
+    from mka_export.pipeline.check import check as measure
 
-    sys.exit(pipeline.check(artifact, against, **groups))
+    sys.exit(measure(artifact, against, **groups))
 
 
 @main.command()

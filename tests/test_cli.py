@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import shutil
 import subprocess
 import sys
+from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import llama_cpp
 import numpy as np
@@ -17,7 +21,9 @@ from click.testing import CliRunner, Result
 from transformers import AutoModelForCausalLM
 
 from mka_export.cli import main
+from mka_export.models.runner import LayerRunner
 from mka_export.parity import verdict
+from mka_export.pipeline import measuring
 
 SMALL = ["--windows", "6", "--window-tokens", "64", "--calibration-tokens", "1024", "--device", "cpu", "--quiet"]
 MERGE = ["--ratio", "0.3", "--protect", "1"]
@@ -209,15 +215,53 @@ def test_similarity_draws_what_a_merge_sees(done, model, tmp_path):
     assert again == {name: data for name, data in before.items() if name != "stage.json"}
 
 
-def test_limits_decide_the_exit_code(done, model):
+@pytest.fixture
+def work(monkeypatch) -> Counter[str]:
+    """What is done that takes long: runtimes opened, and passes over the layers."""
+    done: Counter[str] = Counter()
+
+    def counted(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: object, **options: object) -> Any:
+            done[name] += 1
+            return function(*args, **options)
+
+        return call
+
+    monkeypatch.setattr(measuring, "open_runtime", counted("opened", measuring.open_runtime))
+    monkeypatch.setattr(LayerRunner, "hidden_states", counted("passes", LayerRunner.hidden_states))
+    return done
+
+
+def test_limits_decide_the_exit_code_and_measure_nothing_again(done, model, work):
     result = type_in(model, *MERGE, "--to", "gguf-f16", "--out", done[0], *SMALL, "--max-mean-kl", "1e-6", "--json")
     assert result.exit_code == 3
     (target,) = json.loads(result.stdout)["targets"]
     assert target["verdict"] == "fail"
     assert (done[0] / "gguf-f16" / "pico-4L-F16.gguf").is_file()  # published all the same
+    assert not work
 
 
-def test_convert_and_check_work_without_merging(model, tmp_path):
+def test_what_is_kept_is_what_was_said_of_every_token(done):
+    """The figures of the report are means of what the stage holds, which knows no limits."""
+    out, _ = done
+    with np.load(out / "parity" / "gguf-f16" / "scores.npz", allow_pickle=False) as scores:
+        kept = {name: scores[name] for name in scores.files}
+    steps = ("original", "merged", "artifact")
+    assert set(kept) == {*(f"nll/{s}" for s in steps), *(f"{kind}/{s}" for kind in ("kl", "top") for s in steps[:2])}
+    assert {array.shape for array in kept.values()} == {(6, 63)}
+    target = json.loads((out / "report.json").read_text())["targets"][0]
+    for step in target["steps"]:
+        assert step["perplexity"] == pytest.approx(math.exp(kept[f"nll/{step['name']}"].mean(dtype=float)))
+    for comparison in target["comparisons"].values():
+        against = comparison["against"]
+        assert comparison["kl"]["mean"] == pytest.approx(kept[f"kl/{against}"].mean(dtype=float))
+        assert comparison["top1"]["value"] == pytest.approx(kept[f"top/{against}"].mean(dtype=float))
+    facts = (out / "parity" / "gguf-f16" / "parity.json").read_text()
+    assert "verdict" not in facts
+    assert "limit" not in facts
+
+
+def test_convert_and_check_work_without_merging_and_only_once(model, tmp_path, monkeypatch, work):
     out = tmp_path / "out"
     result = type_in("convert", model, "--to", "gguf-f16", "--out", out, *SMALL, "--json")
     report = json.loads(result.stdout)
@@ -226,11 +270,37 @@ def test_convert_and_check_work_without_merging(model, tmp_path):
     (gguf,) = (out / "gguf-f16").glob("*.gguf")
     foreign = tmp_path / "someone-elses.gguf"
     shutil.copy(gguf, foreign)
-    checked = type_in("check", foreign, "--against", model, *SMALL, "--json")
+    monkeypatch.chdir(tmp_path)
+    check = ["check", foreign, "--against", model, *SMALL, "--json"]
+    checked = type_in(*check)
     assert checked.exit_code == 0, checked.output
     (target,) = json.loads(checked.stdout)["targets"]
     assert target["comparisons"]["compression"]["kl"]["mean"] < 0.001
     assert "conversion" not in target["comparisons"]
+    assert (work["opened"], work["passes"]) == (2, 2 + 2)  # and twice for the continuations of the sample prompts
+
+    folder = tmp_path / "someone-elses-check"
+    assert json.loads((folder / "report.json").read_text())["targets"] == [target]
+    assert type_in("verify", folder, "--quiet").exit_code == 0
+    work.clear()
+    again = json.loads(type_in(*check).stdout)
+    assert again["targets"] == [target]
+    assert [stage["reused"] for stage in again["stages"]] == [True]
+    assert not work
+    assert type_in(*check, "--max-mean-kl", "1e-9").exit_code == 3
+    assert not work
+
+
+@pytest.mark.parametrize("place", ["parity", "parity/model"])
+def test_a_check_does_not_take_the_place_of_what_it_checks(done, model, place, tmp_path):
+    (gguf,) = (done[0] / "gguf-f16").glob("*.gguf")
+    out = tmp_path / "out"
+    (out / place).mkdir(parents=True)
+    (out / "manifest.json").write_text('{"format": "mka-export/workspace"}')
+    inside = Path(shutil.copy(gguf, out / place / "model.gguf"))
+    result = type_in("check", inside, "--against", model, "--out", out, *SMALL)
+    assert result.exit_code == (2 if place == "parity/model" else 0)
+    assert inside.read_bytes() == gguf.read_bytes()
 
 
 def test_help_loads_nothing_heavy():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,11 +20,33 @@ CONVERSION, COMPRESSION = "conversion", "compression"
 
 
 @dataclass(frozen=True)
+class Run:
+    """Where the scores of one step come from.
+
+    Attributes:
+        name: of the step.
+        runtime: the runtime it was measured in.
+        device: where that computed.
+        vocab_size: columns of its distributions.
+    """
+
+    name: str
+    runtime: str
+    device: str
+    vocab_size: int
+
+    @classmethod
+    def of(cls, name: str, runtime: Runtime) -> Run:
+        """Return that of a step in its runtime."""
+        return cls(name, runtime.name, runtime.device, runtime.vocab_size)
+
+
+@dataclass(frozen=True)
 class Step:
     """One model on the way from the original to the artifact.
 
     Attributes:
-        name: ``original``, ``merged``, ``healed`` or ``artifact``.
+        name: ``original``, ``merged``, ``healed``, ``quantized`` or ``artifact``.
         runtime: the runtime it was measured in.
         device: where that computed.
         nll: mean negative log-likelihood, nats a token.
@@ -117,11 +139,26 @@ def measure(
     """
     references = {ORIGINAL: original, **(lineage or {})}
     scores = score(windows, artifact, references, progress)
-    runtimes = {**references, ARTIFACT: artifact}
-    steps = tuple(_step(name, runtime, scores.nll[name], bytes_per_token) for name, runtime in runtimes.items())
-    converted = {} if lineage is None else {CONVERSION: _difference([*references][-1], scores)}
-    differences = {**converted, COMPRESSION: _difference(ORIGINAL, scores)}
-    return Comparison(len(windows), steps, differences)
+    runs = [Run.of(name, runtime) for name, runtime in {**references, ARTIFACT: artifact}.items()]
+    converted = None if lineage is None else [*references][-1]
+    return compare(scores, runs, converted=converted, bytes_per_token=bytes_per_token)
+
+
+def compare(
+    scores: Scores, runs: Sequence[Run], *, converted: str | None, bytes_per_token: float | None = None
+) -> Comparison:
+    """Return what scores say of the artifact.
+
+    Args:
+        scores: of all windows together.
+        runs: of every step that has scores, from the original to the artifact.
+        converted: the step that the artifact was made from; None if it is not known.
+        bytes_per_token: as ``measure`` takes it.
+    """
+    steps = tuple(_step(run, scores.nll[run.name], bytes_per_token) for run in runs)
+    references = {CONVERSION: converted} if converted is not None else {}
+    differences = {kind: _difference(name, scores) for kind, name in {**references, COMPRESSION: ORIGINAL}.items()}
+    return Comparison(len(scores.nll[ARTIFACT]), steps, differences)
 
 
 def measuring_bytes(model: Outline, artifact: int, windows: int, tokens: int) -> int:
@@ -141,11 +178,11 @@ def measuring_bytes(model: Outline, artifact: int, windows: int, tokens: int) ->
     return states + max(layer_pass_bytes(model), log_probs + artifact)
 
 
-def _step(name: str, runtime: Runtime, nll: Values, bytes_per_token: float | None) -> Step:
+def _step(run: Run, nll: Values, bytes_per_token: float | None) -> Step:
     value, error = perplexity(nll)
     mean = float(nll.mean())
     bits = mean / math.log(2) / bytes_per_token if bytes_per_token else None
-    return Step(name, runtime.name, runtime.device, mean, value, error, bits, runtime.vocab_size)
+    return Step(run.name, run.runtime, run.device, mean, value, error, bits, run.vocab_size)
 
 
 def _difference(reference: str, scores: Scores) -> Difference:

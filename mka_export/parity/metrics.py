@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+import time
+import zipfile
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from mka_export.errors import RuntimeFailure
+from mka_export.errors import MkaError, RuntimeFailure
 from mka_export.parity.runtimes import LogProbs, Runtime, Windows
 from mka_export.progress import Progress
 
@@ -37,10 +41,39 @@ class Scores:
     Attributes:
         nll: runtime's name -> negative log-likelihood of each token but a window's first, in nats.
         divergence: reference's name -> the artifact's divergence from it.
+        seconds: that the artifact's runtime took for all windows; no part of what is compared.
     """
 
     nll: Mapping[str, Values]
     divergence: Mapping[str, Divergence]
+    seconds: float = field(default=0.0, compare=False)
+
+    def save(self, path: Path) -> None:
+        """Write an ``.npz`` with ``nll/STEP``, ``kl/STEP`` (float32: what they are made of is no finer) and ``top/STEP``."""
+        arrays: dict[str, NDArray[Any]] = {f"nll/{name}": nll.astype(np.float32) for name, nll in self.nll.items()}
+        for name, divergence in self.divergence.items():
+            arrays[f"kl/{name}"] = divergence.kl.astype(np.float32)
+            arrays[f"top/{name}"] = divergence.same_top.astype(np.bool_)
+        np.savez(path, **arrays)  # type: ignore[arg-type]  # it takes the names for its own options
+
+    @classmethod
+    def load(cls, path: Path) -> Scores:
+        """Read what ``save`` wrote.
+
+        Raises:
+            MkaError: it is no such file.
+        """
+        try:
+            with np.load(path, allow_pickle=False) as file:
+                arrays = {name: file[name].astype(np.float64) for name in file.files}
+        except (OSError, EOFError, ValueError, zipfile.BadZipFile) as error:
+            raise MkaError(f"{path} holds no scores: {error}", "Measure again.") from error
+        groups: dict[str, dict[str, Values]] = {kind: {} for kind in ("nll", "kl", "top")}
+        for name, array in arrays.items():
+            kind, _, step = name.partition("/")
+            groups.setdefault(kind, {})[step] = array
+        divergence = {name: Divergence(kl, groups["top"][name]) for name, kl in groups["kl"].items()}
+        return cls(groups["nll"], divergence)
 
 
 def score(
@@ -70,7 +103,9 @@ def score(
     divergence = {name: Divergence(np.empty(shape), np.empty(shape)) for name in references}
     progress = progress or Progress(quiet=True)
     # The torch runtime passes through its layers, with a bar of its own, when the iterators are made.
-    streams = [runtime.log_probs(windows) for runtime in runtimes.values()]
+    clock = Clock()
+    *streams, last = (runtime.log_probs(windows) for runtime in runtimes.values())
+    streams.append(clock.timed(last))
     with progress.task("comparing next-token probabilities", len(windows)) as task:
         for w, window in enumerate(zip(*streams, strict=True)):
             for start in range(0, shape[1], ROWS):
@@ -86,7 +121,33 @@ def score(
                     same = part[name].argmax(axis=1) == part[ARTIFACT].argmax(axis=1)
                     divergence[name].same_top[w, rows] = same
             task.advance()
-    return Scores(nll, divergence)
+    return Scores(nll, divergence, clock.seconds)
+
+
+class Clock:
+    """The seconds that a block takes, or an iterator among others.
+
+    Attributes:
+        seconds: so far.
+    """
+
+    seconds = 0.0
+
+    def __enter__(self) -> Clock:
+        self._start = time.monotonic()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.seconds += time.monotonic() - self._start
+
+    def timed(self, stream: Iterator[LogProbs]) -> Iterator[LogProbs]:
+        """Yield what ``stream`` does, and count the time until it has each."""
+        while True:
+            with self:
+                found = next(stream, None)
+            if found is None:
+                return
+            yield found
 
 
 def kl_divergence(reference: LogProbs, artifact: LogProbs) -> Values:

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from collections.abc import Callable
-from contextlib import nullcontext
 from pathlib import Path
 
 from rich.console import Console
 
 from mka_export.errors import UsageError, unknown_name
-from mka_export.hashes import file_sha256, files_in
 from mka_export.inputs import CALIBRATION_WINDOW
 from mka_export.merge.measures import MEASURES
 from mka_export.merge.needs import similarity_need
@@ -28,17 +25,14 @@ from mka_export.options import (
     PreviewOptions,
     TextOptions,
 )
-from mka_export.parity.runtimes import ONNX_CONFIG
 from mka_export.pipeline.export import Export
-from mka_export.pipeline.job import REPORT, SAMPLED, Job, stem
+from mka_export.pipeline.job import SAMPLED, Job, stem
 from mka_export.pipeline.machine import examine
-from mka_export.pipeline.requests import check_limit, check_merge, given_limits, load_targets
-from mka_export.report import print_forecast, print_loss, print_machine, write_report
-from mka_export.target import Artifact, Limits, Target
+from mka_export.pipeline.requests import check_limit, check_merge, load_targets
+from mka_export.report import print_forecast, print_loss, print_machine
 from mka_export.workspace import Workspace
 
 SIMILARITIES = "similarity"  # a stage folder
-DEFAULT_MAX_PPL_RATIO = 1.35  # of an artifact that comes without a target
 
 
 def run(
@@ -175,28 +169,3 @@ def similarity(
         job.workspace.write_manifest(job.about())
         print((made.path / SIMILARITY).read_text(encoding="utf-8") if output.json else made.path)
     return 0
-
-
-def check(
-    artifact: Path, against: str, texts: TextOptions, limits: LimitOptions, device: DeviceOptions, output: OutputOptions
-) -> int:
-    """Measure any GGUF file or ONNX folder, whoever made it, against a model; returns the exit code."""
-    if artifact.is_file() and artifact.suffix.lower() == ".gguf":
-        runtime, files = "llama.cpp", {artifact.name: artifact}
-    elif (artifact / ONNX_CONFIG).is_file():
-        runtime = "onnxruntime"
-        files = {f"{artifact.name}/{name}": path for name, path in files_in(artifact).items()}
-    else:
-        raise UsageError(f"{artifact} is no .gguf file and no ONNX folder", "Give the artifact to check.")
-    job = Job(against, texts, device, output, None)
-    compression = dataclasses.replace(Limits(max_ppl_ratio=DEFAULT_MAX_PPL_RATIO), **given_limits(limits, ""))
-    target = Target(artifact.stem, "", "", "", runtime, Limits(), compression)
-    made = Artifact(artifact, tuple(files), sum(path.stat().st_size for path in files.values()))
-    with Workspace(job.out, job.progress) if job.out else nullcontext() as workspace:
-        job.open()
-        hashes = {name: file_sha256(path) for name, path in files.items()}
-        report = job.report(None, None, [job.measure(made, None, target, hashes)], [])
-        if workspace:
-            write_report(report, workspace.path / REPORT)
-            workspace.write_manifest({})
-        return job.show(report)

@@ -31,12 +31,14 @@ from mka_export.parity.verdict import judge
 from mka_export.pipeline.depth import AutoRatio
 from mka_export.pipeline.forecast import Forecast, left_to_do
 from mka_export.pipeline.job import CALIBRATION, DEPTH, PARITY, REPORT, SAMPLED, Job, stem
+from mka_export.pipeline.measured import FACTS, unmeasured
+from mka_export.pipeline.measuring import Measuring, Subject
 from mka_export.pipeline.requests import merge_settings
 from mka_export.report import write_report
 from mka_export.target import Artifact, Limits, Target, load_converter
-from mka_export.workspace import RECORD, Stage, Workspace, write_json
+from mka_export.workspace import RECORD, Workspace, write_json
 
-ARTIFACT, RESULT = "artifact.json", "parity.json"
+ARTIFACT = "artifact.json"
 
 
 class Export(Job):
@@ -73,6 +75,7 @@ class Export(Job):
         self.auto = AutoRatio(self, merge, targets) if merge and merge.ratio == AUTO else None
         made = [DEPTH, MERGED, HEALED] if merge else [CALIBRATION]
         self.spare_the_model(SAMPLED, *made, PARITY, *(target.name for target in targets))
+        self._measuring = Measuring(self)
         self._merge_report: dict[str, Any] | None = None
         self._heal_report: dict[str, Any] | None = None
 
@@ -240,9 +243,9 @@ class Export(Job):
                 bytes_per_token=self.evaluation.bytes_per_token,
                 progress=self.progress,
             )
-            write_json(folder / RESULT, judge(figures, Limits(), Limits()).to_dict())
+            write_json(folder / FACTS, judge(figures, Limits(), Limits()).to_dict())
 
-        return read_json(self.workspace.stage(f"{PARITY}/{name}", inputs, make).path / RESULT)
+        return read_json(self.workspace.stage(f"{PARITY}/{name}", inputs, make).path / FACTS)
 
     def _settings(self, options: MergeOptions, family: str, layers: int) -> Settings | Plan:
         if options.plan is None:
@@ -307,39 +310,15 @@ class Export(Job):
             stage = self.workspace.stage(target.name, inputs, make)
         except ConversionError as error:
             self.progress.say(f"{target.name}: {error}")
-            runtime = {"name": target.runtime, "device": "", "versions": {}}
-            failed = judge(None, target.conversion, target.compression, failures=[str(error)]).to_dict()
-            return {
-                "name": target.name,
-                "artifact": None,
-                "budget": None,
-                "runtime": runtime,
-                "tokenizer": None,
-                "samples": [],
-                **failed,
-            }
+            failed = unmeasured(target.runtime, str(error)).judged(target.conversion, target.compression)
+            return {"name": target.name, "artifact": None, "budget": None, **failed}
         made = read_json(stage.path / ARTIFACT)
         artifact = Artifact(stage.path / made["path"], tuple(made["files"]), made["nbytes"], made["details"])
-        entry = self._measured(artifact, checkpoint, target, stage)
+        entry = self._measuring.entry(Subject(target, artifact, stage.files, self.lineage))
         if target.budget is not None:
             taken = target.budget.taken(artifact.nbytes, need.cache)
             entry["budget"] = {**dataclasses.asdict(target.budget), "taken": taken}
         return entry
-
-    def _measured(self, artifact: Artifact, checkpoint: Checkpoint, target: Target, made: Stage) -> dict[str, Any]:
-        inputs = {
-            **self.inputs(checkpoint),
-            "artifact": dict(made.files),
-            "lineage": [checkpoint.fingerprint for checkpoint in (self.original, *self.lineage.values())],
-            **self.evaluation_inputs(),
-            "limits": [dataclasses.asdict(target.conversion), dataclasses.asdict(target.compression)],
-            "devices": dataclasses.asdict(self.device),
-        }
-
-        def make(folder: Path, pieces: Path) -> None:
-            write_json(folder / RESULT, self.measure(artifact, self.lineage, target, made.files))
-
-        return read_json(self.workspace.stage(f"{PARITY}/{target.name}", inputs, make).path / RESULT)
 
     def _activations(self, checkpoint: Checkpoint) -> Activations:
         if checkpoint is not self.original:

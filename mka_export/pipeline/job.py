@@ -1,12 +1,10 @@
-"""One command's work: a model, its texts, measuring an artifact, the report."""
+"""One command's work: a model, its texts, the report."""
 
 from __future__ import annotations
 
 import json
 import resource
 import sys
-from collections.abc import Mapping
-from contextlib import closing
 from dataclasses import replace
 from functools import cached_property
 from importlib.metadata import PackageNotFoundError, version
@@ -16,7 +14,7 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 
-from mka_export.errors import MkaError, RuntimeFailure, UsageError
+from mka_export.errors import MkaError, UsageError
 from mka_export.inputs import CALIBRATION_WINDOW, CHARACTERS, SELF, Windows, read_texts, require_disjoint, windows_of
 from mka_export.models.checkpoint import Checkpoint
 from mka_export.models.dataset import dataset_text
@@ -24,22 +22,17 @@ from mka_export.models.outline import Outline
 from mka_export.models.runner import LayerRunner, pick_device
 from mka_export.models.sampling import sample_windows, sampling_bytes
 from mka_export.models.sources import cache_folder, fetch, resolve
-from mka_export.models.text import Text, sample_prompts, tokenizer_corpus, tokenizer_oddities
+from mka_export.models.text import Text, sample_prompts
 from mka_export.models.tokenizer import leading_id, load_tokenizer, ordinary_ids, require_rows, text_ids
 from mka_export.needs import size
 from mka_export.options import DeviceOptions, OutputOptions, TextOptions
-from mka_export.parity.comparison import measure
-from mka_export.parity.runtimes import RUNTIME_PACKAGES, open_runtime
 from mka_export.parity.runtimes.torch_runtime import TorchRuntime
-from mka_export.parity.tokenizer_check import first_difference
-from mka_export.parity.verdict import EXIT_CODES, judge, worst
+from mka_export.parity.verdict import EXIT_CODES, worst
 from mka_export.pipeline.forecast import BASE_BYTES, free_memory
 from mka_export.progress import Progress
 from mka_export.report import print_report, valid_report
-from mka_export.target import Artifact, Target
 from mka_export.workspace import Stage, Workspace, check_ours
 
-SAMPLE_TOKENS = 16
 SAMPLED, CALIBRATION, DEPTH, PARITY = "sampled", "calibration", "depth", "parity"  # stages, besides the checkpoints'
 SAMPLED_IDS, SAMPLED_TEXT = "ids.npy", "text.txt"
 REPORT = "report.json"
@@ -85,7 +78,6 @@ class Job:
         self.out = out
         self._text = read_texts(texts)
         self.longest = texts.calibration_tokens  # of the calibration text that any stage wants
-        self._reference_samples: list[str] | None = None
 
     def open(self) -> None:
         """Fetch the model and cut the token windows.
@@ -114,6 +106,11 @@ class Job:
         """
         return windows_of(self._text.evaluation, self._tokenizer, count, self.texts.window_tokens)
 
+    @property
+    def evaluation_text(self) -> str:
+        """The text that the evaluation windows are cut from."""
+        return self._text.evaluation.text
+
     def about_evaluation(self) -> dict[str, Any]:
         """Return what a model is judged by, for a report; ``tokens`` are those that are predicted."""
         windows, tokens = self.evaluation.ids.shape
@@ -131,14 +128,24 @@ class Job:
         Raises:
             UsageError: one would.
         """
+        if self.source.kind in ("directory", "gguf"):
+            self.spare(Path(self.source.id), f"the model {self.source.name}", *stages)
+
+    def spare(self, path: Path, what: str, *stages: str) -> None:
+        """Check that publishing stages will not replace a folder that holds something else.
+
+        Args:
+            path: where that is.
+            what: it is, in words.
+
+        Raises:
+            UsageError: one would.
+        """
         assert self.out is not None
-        model = Path(self.source.id)
         for stage in stages:
             folder = (self.out / stage).resolve()
-            if self.source.kind in ("directory", "gguf") and folder in (model, *model.parents):
-                raise UsageError(
-                    f"{folder} would be replaced, and holds the model {self.source.name}", "Choose another --out."
-                )
+            if folder in (path, *path.parents):
+                raise UsageError(f"{folder} would be replaced, and holds {what}", "Choose another --out.")
 
     def about(self) -> dict[str, Any]:
         """Return what was worked on, and with what, for the manifest."""
@@ -211,88 +218,9 @@ class Job:
         """The original model in torch."""
         return TorchRuntime(self.original.path, device=self.device.device, progress=self.progress)
 
-    def reference_samples(self, drafts: list[list[int]]) -> list[str]:
-        """Return the original's continuations of the sample prompts, found sooner where an artifact's are alike."""
-        if self._reference_samples is None:
-            ids = self.reference.generate(self.prompts, SAMPLE_TOKENS, drafts)
-            self._reference_samples = [self.reference.detokenize(each) for each in ids]
-        return self._reference_samples
-
-    def runtime_options(self, name: str) -> dict[str, Any]:
-        """Return what ``open_runtime`` is told about devices."""
-        return {"gpu_layers": self.device.gpu_layers} if name == "llama.cpp" else {"device": self.device.device}
-
-    def measure(
-        self, artifact: Artifact, lineage: Mapping[str, Checkpoint] | None, target: Target, files: Mapping[str, str]
-    ) -> dict[str, Any]:
-        """Measure an artifact and judge it: the report's entry for its target.
-
-        Args:
-            lineage: name -> the checkpoints between the original and it, in order; None if they are not known.
-            files: sha256 of its files, by path.
-        """
-        entry: dict[str, Any] = {
-            "name": target.name,
-            "artifact": self._describe(artifact, files),
-            "budget": None,
-            "runtime": {"name": target.runtime, "device": "", "versions": versions(*RUNTIME_PACKAGES[target.runtime])},
-            "tokenizer": None,
-            "samples": [],
-        }
-        failures: list[str] = []
-        corpus = [*tokenizer_corpus(), self._text.evaluation.text]
-        limits = (target.conversion, target.compression)
-        between = {name: self.runtime(checkpoint) for name, checkpoint in (lineage or {}).items()}
-        for reference in (self.reference, *between.values()):  # before the artifact is in memory too
-            reference.run(self.evaluation.ids)
-        try:
-            with closing(
-                open_runtime(target.runtime, artifact.path, **self.runtime_options(target.runtime))
-            ) as runtime:
-                entry["runtime"]["device"] = runtime.device
-                difference = first_difference(self.reference, runtime, corpus)
-                entry["tokenizer"] = {
-                    "identical": difference is None,
-                    "texts": len(corpus),
-                    "first_difference": difference and str(difference),
-                }
-                if difference is not None:
-                    failures.append(str(difference))
-                odd = first_difference(self.reference, runtime, tokenizer_oddities())
-                oddities = [f"unusual text: {odd}"] if odd and difference is None else []
-                comparison = measure(
-                    runtime,
-                    self.reference,
-                    None if lineage is None else between,
-                    self.evaluation.ids,
-                    bytes_per_token=self.evaluation.bytes_per_token,
-                    progress=self.progress,
-                )
-                drafts = runtime.generate(self.prompts, SAMPLE_TOKENS)
-                continuations = [runtime.detokenize(ids) for ids in drafts]
-        except RuntimeFailure as error:
-            return {**entry, **judge(None, *limits, failures=[*failures, str(error)]).to_dict()}
-        entry["samples"] = [
-            {"prompt": p, "original": o, "artifact": a}
-            for p, o, a in zip(sample_prompts(), self.reference_samples(drafts), continuations, strict=True)
-        ]
-        entry |= judge(comparison, *limits, failures=failures).to_dict()
-        entry["warnings"] = [*artifact.details.get("warnings", []), *oddities, *entry["warnings"]]
-        return entry
-
     def runtime(self, checkpoint: Checkpoint) -> TorchRuntime:
         """Return a checkpoint in torch."""
         return TorchRuntime(checkpoint.path, device=self.device.device, progress=self.progress)
-
-    def _describe(self, artifact: Artifact, files: Mapping[str, str]) -> dict[str, Any]:
-        folder = artifact.path.parent
-        return {
-            "path": str(artifact.path),
-            "files": [{"path": n, "sha256": files[n], "nbytes": (folder / n).stat().st_size} for n in artifact.files],
-            "nbytes": artifact.nbytes,
-            "share_of_original": artifact.nbytes / self.original.nbytes,
-            "details": dict(artifact.details),
-        }
 
     def report(
         self,

@@ -117,7 +117,7 @@ def test_refused_onnx_data_elsewhere(how, model, tmp_path):
     secret.write_bytes(bytes(16))
     folder = onnx_folder(tmp_path / "foreign", location)
     place(secret, folder / "onnx" / location)
-    result = type_in("check", folder, "--against", model, *SMALL, "--json", "--quiet")
+    result = type_in("check", folder, "--against", model, "--out", tmp_path / "check", *SMALL, "--json", "--quiet")
     assert result.exit_code == 3
     (target,) = json.loads(result.stdout)["targets"]
     assert f"has its weights in '{location}', which is no file of its own beside it" in target["error"]
@@ -129,7 +129,7 @@ def test_refused_onnx_graph_elsewhere(model, tmp_path):
     shutil.move(folder / "onnx" / "model.onnx", tmp_path / "model.onnx")
     config = folder / "genai_config.json"
     config.write_text(config.read_text().replace("onnx/model.onnx", "../model.onnx"))
-    result = type_in("check", folder, "--against", model, *SMALL, "--json", "--quiet")
+    result = type_in("check", folder, "--against", model, "--out", tmp_path / "check", *SMALL, "--json", "--quiet")
     assert result.exit_code == 3
     (target,) = json.loads(result.stdout)["targets"]
     assert "names a graph outside of its folder: ../model.onnx" in target["error"]

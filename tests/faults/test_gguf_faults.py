@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import struct
 from collections.abc import Callable
 from pathlib import Path
@@ -99,13 +100,17 @@ def test_refused(fault, damaged, refused):
 @pytest.mark.parametrize("fault", ["it announces a million layers", "the data are truncated", "the file is empty"])
 def test_survived_check(fault, damaged, pico_llama, tmp_path):
     """a damaged file is checked as an artifact: a verdict, not a crash"""
+    artifact, out = damaged(fault), tmp_path / "out"
     before = contents(tmp_path)
-    result = type_in("check", damaged(fault), "--against", pico_llama, *SMALL, "--quiet")
+    result = type_in("check", artifact, "--against", pico_llama, "--out", out, *SMALL, "--quiet")
     assert result.exit_code == 3, result.output
     assert "FAIL" in result.stdout
     assert "bad.gguf" in result.stdout
     assert "Traceback" not in result.output
-    assert contents(tmp_path).keys() - before.keys() == {"bad.gguf"}
+    assert {name: data for name, data in contents(tmp_path).items() if not name.startswith("out/")} == before
+    (told,) = json.loads((out / "report.json").read_text())["targets"]
+    assert told["error"]
+    assert json.loads((out / "parity" / "bad" / "parity.json").read_text())["failures"] == [told["error"]]
 
 
 def test_survived_sound(sound, tmp_path):

@@ -30,7 +30,7 @@ from pico import make_pico
 from mka_export.cli import main
 from mka_export.hashes import file_sha256
 from mka_export.merge.methods import METHODS
-from mka_export.pipeline import depth, job
+from mka_export.pipeline import depth, measuring
 
 PAIRS = 2
 REST = ["--protect", "1", "--to", "gguf-q8", *SMALL, *LOOSE, "--quiet"]
@@ -96,7 +96,7 @@ STAGES: dict[str, Arm] = {  # in the order of the job, so that one job can be ki
     "the unquantized file is written but not sealed": before("open", ".gguf-q8.pieces/.unquantized.gguf.seal.writing"),
     "llama.cpp's quantizer is at work": while_quantizing,
     "the artifact is whole but not published": before("os.rename", ".gguf-q8.making"),
-    "the artifact is being measured": inside(job, "measure"),
+    "the artifact is being measured": inside(measuring, "score"),
     "the measurement is whole but not published": before("os.rename", "parity/.gguf-q8.making"),
     "the report is being written": before("os.rename", ".report.json.writing"),
 }
@@ -233,7 +233,7 @@ def goes_on(pico_llama, undisturbed, monkeypatch):
         monkeypatch.setitem(METHODS, "mka", dataclasses.replace(method, fuse=counted("fit", method.fuse)))
         monkeypatch.setattr(conversion, "write", counted("write", conversion.write))
         monkeypatch.setattr(conversion, "quantize", counted("quantize", conversion.quantize))
-        monkeypatch.setattr(job, "measure", counted("measure", job.measure))
+        monkeypatch.setattr(measuring, "score", counted("measure", measuring.score))
         assert type_in(pico_llama, *RUN, "--out", out).exit_code in DONE
         assert made == unmade or not count
         assert lasting(out) == undisturbed[0]

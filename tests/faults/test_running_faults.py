@@ -228,9 +228,9 @@ def test_refused_offline(tmp_path, monkeypatch):
 @pytest.mark.parametrize("fault", ["crashes", "hangs"])
 def test_survived_runtime(fault, model, tmp_path, monkeypatch):
     """the runtime fails on one artifact: that target fails, the others go on"""
-    from mka_export.pipeline import job
+    from mka_export.pipeline import measuring
 
-    really = job.open_runtime
+    really = measuring.open_runtime
 
     def fail_on_q8(name: str, path: Path, **options: object) -> object:
         if "Q8_0" not in path.name:
@@ -245,7 +245,7 @@ def test_survived_runtime(fault, model, tmp_path, monkeypatch):
         os.kill(runtime._child._process.pid, signal.SIGSTOP)
         return runtime
 
-    monkeypatch.setattr(job, "open_runtime", fail_on_q8)
+    monkeypatch.setattr(measuring, "open_runtime", fail_on_q8)
     result = type_in(model, *RUN, "--to", "gguf-f16", "--out", tmp_path / "out", "--json", "--quiet")
     assert result.exit_code == 3
     q8, f16 = json.loads(result.stdout)["targets"]

@@ -62,8 +62,18 @@ def test_what_an_artifact_takes_of_a_device_is_reported(model, tmp_path):
     assert "of 1.00 GB, with 100 tokens of context" in result.stdout
 
 
-def test_anybodys_folder_is_checked(model, convert_to, pico_llama):
-    result = type_in("check", convert_to(pico_llama, "fp32").path, "--against", model, *SMALL, *LOOSE, "--json")
+def test_anybodys_folder_is_checked(model, convert_to, pico_llama, tmp_path):
+    result = type_in(
+        "check",
+        convert_to(pico_llama, "fp32").path,
+        "--against",
+        model,
+        "--out",
+        tmp_path / "check",
+        *SMALL,
+        *LOOSE,
+        "--json",
+    )
     assert result.exit_code in (0, 4), result.output
     (target,) = json.loads(result.stdout)["targets"]
     files = {file["path"] for file in target["artifact"]["files"]}
@@ -79,10 +89,12 @@ def test_missing_packages_are_said_before_any_work(model, tmp_path, monkeypatch)
     assert not (tmp_path / "out" / "merged").exists()
 
 
-def test_a_missing_runtime_is_one_line(model, convert_to, pico_llama, monkeypatch):
+def test_a_missing_runtime_is_one_line(model, convert_to, pico_llama, tmp_path, monkeypatch):
     monkeypatch.delitem(sys.modules, "mka_export.parity.runtimes.onnx_runtime", raising=False)
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
-    result = type_in("check", convert_to(pico_llama, "fp32").path, "--against", model, *SMALL, "--json")
+    result = type_in(
+        "check", convert_to(pico_llama, "fp32").path, "--against", model, "--out", tmp_path / "check", *SMALL, "--json"
+    )
     assert result.exit_code == 3
     (target,) = json.loads(result.stdout)["targets"]
     assert "onnxruntime cannot be loaded" in target["error"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,9 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from parity_fakes import FakeRuntime, random_runtime
 
-from mka_export.errors import RuntimeFailure
+from mka_export.errors import MkaError, RuntimeFailure
 from mka_export.parity.comparison import measure
-from mka_export.parity.metrics import kl_divergence, score
+from mka_export.parity.metrics import Scores, kl_divergence, score
 
 EVEN = FakeRuntime([0.25, 0.25, 0.25, 0.25], 4)
 SKEWED = FakeRuntime([0.5, 0.25, 0.125, 0.125], 4)
@@ -108,3 +109,30 @@ def test_padding_rows_are_left_out_of_the_comparison() -> None:
 def test_a_token_that_the_artifact_lacks_is_a_failure() -> None:
     with pytest.raises(RuntimeFailure, match="the artifact has 4 tokens; the text uses id 5"):
         score(np.array([[0, 5]]), EVEN, {"original": FakeRuntime([1 / 6] * 6, 6)})
+
+
+def test_scores_are_read_as_they_were_written(tmp_path: Path) -> None:
+    windows = np.random.default_rng(0).integers(0, 7, (5, 30))
+    references = {"original": random_runtime(0), "merged": random_runtime(1)}
+    scores = score(windows, random_runtime(2), references)
+    scores.save(tmp_path / "scores.npz")
+    read = Scores.load(tmp_path / "scores.npz")
+    assert set(read.nll) == {"original", "merged", "artifact"}
+    for name, nll in scores.nll.items():
+        np.testing.assert_array_equal(read.nll[name], nll)  # they come from float32
+    for name, divergence in scores.divergence.items():
+        np.testing.assert_allclose(read.divergence[name].kl, divergence.kl, rtol=1e-7)
+        np.testing.assert_array_equal(read.divergence[name].same_top, divergence.same_top)
+
+
+@pytest.mark.parametrize("data", [b"", b"PK", b"scores"])
+def test_what_holds_no_scores(data: bytes, tmp_path: Path) -> None:
+    (tmp_path / "scores.npz").write_bytes(data)
+    with pytest.raises(MkaError, match="holds no scores"):
+        Scores.load(tmp_path / "scores.npz")
+
+
+def test_objects_in_a_file_of_scores_are_not_loaded(tmp_path: Path) -> None:
+    np.savez(tmp_path / "scores.npz", **{"nll/original": np.array([object()])})
+    with pytest.raises(MkaError, match="holds no scores"):
+        Scores.load(tmp_path / "scores.npz")

@@ -1,0 +1,88 @@
+"""What was measured on an artifact, as its stage keeps it, and the judgement that follows from it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mka_export.models.checkpoint import read_json
+from mka_export.parity.comparison import Comparison, Run, compare
+from mka_export.parity.metrics import Scores
+from mka_export.parity.verdict import judge
+from mka_export.target import Limits
+from mka_export.workspace import write_json
+
+SCORES, FACTS = "scores.npz", "parity.json"
+
+
+@dataclass(frozen=True)
+class Measured:
+    """The contents of a stage ``parity/TARGET``: no limits, and nothing that follows from them.
+
+    Attributes:
+        facts: ``runtime``, ``tokenizer`` and ``samples`` as the report has them; ``oddities``: unusual texts that the
+            tokenizers read differently; ``failures``: why it fails whatever the scores say; ``speed``: ``prompt`` and
+            ``generated``, each with its ``tokens`` and ``seconds``, or None; ``steps``: a ``Run`` each; ``converted``:
+            the step that it was made from, None if that is not known; ``bytes_per_token``.
+        scores: of every step; None where the runtime failed.
+    """
+
+    facts: Mapping[str, Any]
+    scores: Scores | None
+
+    @classmethod
+    def read(cls, folder: Path) -> Measured:
+        """Read a published stage."""
+        scores = folder / SCORES
+        return cls(read_json(folder / FACTS), Scores.load(scores) if scores.is_file() else None)
+
+    def write(self, folder: Path) -> None:
+        """Write what ``read`` reads."""
+        write_json(folder / FACTS, self.facts)
+        if self.scores is not None:
+            self.scores.save(folder / SCORES)
+
+    @property
+    def comparison(self) -> Comparison | None:
+        """The figures; None where the runtime failed."""
+        if self.scores is None:
+            return None
+        runs = [Run(**step) for step in self.facts["steps"]]
+        converted, bytes_per_token = self.facts["converted"], self.facts["bytes_per_token"]
+        return compare(self.scores, runs, converted=converted, bytes_per_token=bytes_per_token)
+
+    def judged(self, conversion: Limits, compression: Limits, warnings: Sequence[str] = ()) -> dict[str, Any]:
+        """Return the fields of the report's target that follow from what was measured and the limits.
+
+        Args:
+            conversion, compression: as ``judge`` takes them.
+            warnings: what the converter warns of, to come first.
+        """
+        verdict = judge(self.comparison, conversion, compression, self.facts["failures"]).to_dict()
+        return {
+            **{key: self.facts[key] for key in ("runtime", "tokenizer", "samples")},
+            **verdict,
+            "warnings": [*warnings, *self.facts["oddities"], *verdict["warnings"]],
+        }
+
+
+def unmeasured(runtime: str, failure: str) -> Measured:
+    """Return what is said of an artifact that could not be made."""
+    return Measured({**empty_facts(runtime, {}), "failures": [failure]}, None)
+
+
+def empty_facts(runtime: str, versions: Mapping[str, str]) -> dict[str, Any]:
+    """Return the facts of an artifact that was not run: ``runtime`` is the name of the one that it ships with."""
+    return {
+        "runtime": {"name": runtime, "device": "", "versions": dict(versions)},
+        "tokenizer": None,
+        "samples": [],
+        "oddities": [],
+        "failures": [],
+        "speed": None,
+        "steps": [],
+        "converted": None,
+        "bytes_per_token": None,
+    }

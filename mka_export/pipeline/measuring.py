@@ -1,0 +1,150 @@
+"""Measuring: artifacts in their runtimes, the models they come from in torch, each once and kept."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import closing
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from mka_export.errors import RuntimeFailure
+from mka_export.models.checkpoint import Checkpoint
+from mka_export.models.text import sample_prompts, tokenizer_corpus, tokenizer_oddities
+from mka_export.parity.comparison import ORIGINAL, Run
+from mka_export.parity.metrics import ARTIFACT, Clock, score
+from mka_export.parity.runtimes import RUNTIME_PACKAGES, Runtime, open_runtime
+from mka_export.parity.tokenizer_check import first_difference
+from mka_export.pipeline.job import PARITY, Job, versions
+from mka_export.pipeline.measured import Measured, empty_facts
+from mka_export.target import Artifact, Target
+
+SAMPLE_TOKENS = 16
+
+
+@dataclass(frozen=True)
+class Subject:
+    """An artifact that is measured.
+
+    Attributes:
+        target: what it is to be, and its limits; the stage is ``parity/NAME``.
+        artifact: the files.
+        files: sha256 of each, by its path.
+        lineage: name -> the checkpoints between the original and it, in order; None if they are not known.
+    """
+
+    target: Target
+    artifact: Artifact
+    files: Mapping[str, str]
+    lineage: Mapping[str, Checkpoint] | None
+
+
+class Measuring:
+    """The measurements of one job.
+
+    Args:
+        job: opened, with its workspace, before anything is measured.
+    """
+
+    def __init__(self, job: Job) -> None:
+        self._job = job
+        self._samples: list[str] | None = None
+
+    def entry(self, subject: Subject) -> dict[str, Any]:
+        """Measure an artifact, unless it was, and judge it: the report's entry for its target."""
+        target = subject.target
+        return {
+            "name": target.name,
+            "artifact": self._describe(subject),
+            "budget": None,
+            **self._measured(subject).judged(
+                target.conversion, target.compression, subject.artifact.details.get("warnings", [])
+            ),
+        }
+
+    def _measured(self, subject: Subject) -> Measured:
+        job, lineage = self._job, subject.lineage
+        inputs = {
+            **job.inputs(job.original),
+            "artifact": dict(subject.files),
+            "lineage": None if lineage is None else {name: each.fingerprint for name, each in lineage.items()},
+            **job.evaluation_inputs(),
+            "runtime": subject.target.runtime,
+            "devices": asdict(job.device),
+        }
+
+        def make(folder: Path, pieces: Path) -> None:
+            self._measure(subject).write(folder)
+
+        return Measured.read(job.workspace.stage(f"{PARITY}/{subject.target.name}", inputs, make).path)
+
+    def _measure(self, subject: Subject) -> Measured:
+        job, name = self._job, subject.target.runtime
+        facts = empty_facts(name, versions(*RUNTIME_PACKAGES[name]))
+        between = {step: job.runtime(checkpoint) for step, checkpoint in (subject.lineage or {}).items()}
+        references = {ORIGINAL: job.reference, **between}
+        for reference in references.values():  # before the artifact is in memory too
+            reference.run(job.evaluation.ids)
+        try:
+            with closing(open_runtime(name, subject.artifact.path, **self._options(name))) as runtime:
+                facts["runtime"]["device"] = runtime.device
+                self._compare_tokenizers(runtime, facts)
+                scores = score(job.evaluation.ids, runtime, references, job.progress)
+                with Clock() as clock:
+                    drafts = runtime.generate(job.prompts, SAMPLE_TOKENS)
+                continuations = [runtime.detokenize(ids) for ids in drafts]
+        except RuntimeFailure as error:
+            return Measured({**facts, "failures": [*facts["failures"], str(error)]}, None)
+        runs = [Run.of(step, one) for step, one in {**references, ARTIFACT: runtime}.items()]
+        facts |= {
+            "samples": [
+                {"prompt": p, "original": o, "artifact": a}
+                for p, o, a in zip(sample_prompts(), self._originals(drafts), continuations, strict=True)
+            ],
+            "speed": {
+                "prompt": {"tokens": job.evaluation.ids.size, "seconds": scores.seconds},
+                "generated": {"tokens": sum(map(len, drafts)), "seconds": clock.seconds},
+            },
+            "steps": [asdict(run) for run in runs],
+            "converted": None if subject.lineage is None else [*references][-1],
+            "bytes_per_token": job.evaluation.bytes_per_token,
+        }
+        return Measured(facts, scores)
+
+    def _options(self, runtime: str) -> dict[str, Any]:
+        """Return what ``open_runtime`` is told about devices."""
+        device = self._job.device
+        return {"gpu_layers": device.gpu_layers} if runtime == "llama.cpp" else {"device": device.device}
+
+    def _compare_tokenizers(self, runtime: Runtime, facts: dict[str, Any]) -> None:
+        reference, corpus = self._job.reference, [*tokenizer_corpus(), self._job.evaluation_text]
+        difference = first_difference(reference, runtime, corpus)
+        facts["tokenizer"] = {
+            "identical": difference is None,
+            "texts": len(corpus),
+            "first_difference": difference and str(difference),
+        }
+        if difference is not None:
+            facts["failures"] = [str(difference)]
+        elif odd := first_difference(reference, runtime, tokenizer_oddities()):
+            facts["oddities"] = [f"unusual text: {odd}"]
+
+    def _originals(self, drafts: list[list[int]]) -> list[str]:
+        """Return the original's continuations of the sample prompts, found sooner where an artifact's are alike."""
+        if self._samples is None:
+            ids = self._job.reference.generate(self._job.prompts, SAMPLE_TOKENS, drafts)
+            self._samples = [self._job.reference.detokenize(each) for each in ids]
+        return self._samples
+
+    def _describe(self, subject: Subject) -> dict[str, Any]:
+        artifact, folder = subject.artifact, subject.artifact.path.parent
+        return {
+            "path": str(artifact.path),
+            "files": [
+                {"path": name, "sha256": subject.files[name], "nbytes": (folder / name).stat().st_size}
+                for name in artifact.files
+            ],
+            "nbytes": artifact.nbytes,
+            "share_of_original": artifact.nbytes / self._job.original.nbytes,
+            "details": dict(artifact.details),
+        }
