@@ -153,6 +153,15 @@ def test_report_holds_what_was_measured(done):
         assert target["tokenizer"]["identical"]
         assert [step["name"] for step in target["steps"]] == ["original", "merged", "artifact"]
         assert len(target["samples"]) >= 3
+        assert all(rate > 0 for rate in target["speed"].values())
+        assert {tuple(b["perplexity"]) for b in target["profile"]["position"]} == {("original", "merged", "artifact")}
+        counts = target["profile"]["kl_histogram"]["counts"]
+        assert {kind: sum(each) for kind, each in counts.items()} == {"conversion": 6 * 63, "compression": 6 * 63}
+        (ln_ppl,) = target["attribution"]
+        total = math.log(target["comparisons"]["compression"]["ppl_ratio"]["value"])
+        assert sum(step["change"]["value"] for step in ln_ppl["steps"]) == pytest.approx(total)
+    similarity = json.loads((out / "merged" / "similarity.json").read_text())
+    assert report["merge"]["similarity"] == {key: similarity[key] for key in ("before", "after")}
     assert f16["comparisons"]["conversion"]["kl"]["mean"] < q4["comparisons"]["conversion"]["kl"]["mean"]
     assert f16["comparisons"]["conversion"]["kl"]["mean"] < 0.001 < f16["comparisons"]["compression"]["kl"]["mean"]
     assert f16["artifact"]["nbytes"] > q4["artifact"]["nbytes"]

@@ -17,7 +17,7 @@ from mka_export.inputs import CALIBRATION_WINDOW, SELF
 from mka_export.merge.choose import Settings
 from mka_export.merge.needs import merge_need
 from mka_export.merge.plan import Plan, read_plan
-from mka_export.merge.stage import ACTIVATIONS, PLAN, merge_stage
+from mka_export.merge.stage import ACTIVATIONS, PLAN, SIMILARITY, merge_stage
 from mka_export.models.activations import Activations, calibrate, calibration_need
 from mka_export.models.checkpoint import Checkpoint, read_json
 from mka_export.models.expected import expected_outline, fetch_need
@@ -171,7 +171,7 @@ class Export(Job):
             merge_stage(self.runner, windows.ids, windows.describe(), settings, folder, pieces, self.progress)
 
         stage = self.workspace.stage(MERGED, inputs, make)
-        plan = read_json(stage.path / PLAN)
+        plan, similarity = read_json(stage.path / PLAN), read_json(stage.path / SIMILARITY)
         self._merge_report = {
             "method": plan["method"],
             "measure": plan["measure"],
@@ -181,6 +181,7 @@ class Export(Job):
             "layers": plan["layers"],
             "layers_before": self.original.num_layers,
             "layers_after": len(plan["layers"]),
+            "similarity": {key: similarity[key] for key in ("before", "after")},
             "steps": plan["steps"],
             "calibration": plan["calibration"],
             "seconds": stage.seconds,

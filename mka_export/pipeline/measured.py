@@ -8,9 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from mka_export.models.checkpoint import read_json
+from mka_export.parity.attribution import LN_PPL, attribution
 from mka_export.parity.comparison import Comparison, Run, compare
 from mka_export.parity.metrics import Scores
+from mka_export.parity.profile import profile
 from mka_export.parity.verdict import judge
+from mka_export.report import with_nulls
 from mka_export.target import Limits
 from mka_export.workspace import write_json
 
@@ -60,12 +63,30 @@ class Measured:
             conversion, compression: as ``judge`` takes them.
             warnings: what the converter warns of, to come first.
         """
-        verdict = judge(self.comparison, conversion, compression, self.facts["failures"]).to_dict()
+        comparison = self.comparison
+        verdict = judge(comparison, conversion, compression, self.facts["failures"]).to_dict()
         return {
             **{key: self.facts[key] for key in ("runtime", "tokenizer", "samples")},
             **verdict,
+            **self._spread(comparison),
+            "speed": self.facts["speed"] and {kind: _speed(**each) for kind, each in self.facts["speed"].items()},
             "warnings": [*warnings, *self.facts["oddities"], *verdict["warnings"]],
         }
+
+    def _spread(self, comparison: Comparison | None) -> dict[str, Any]:
+        """Return where the loss came from and how it is spread: ``attribution`` and ``profile``."""
+        if self.scores is None or comparison is None:
+            return {"attribution": [], "profile": None}
+        nll = {step.name: self.scores.nll[step.name] for step in comparison.steps}
+        found: dict[str, Any] = with_nulls(
+            {"attribution": [attribution(LN_PPL, nll)], "profile": profile(self.scores, comparison)}
+        )
+        return found
+
+
+def _speed(tokens: int, seconds: float) -> float | None:
+    """Return tokens a second."""
+    return tokens / seconds if seconds else None
 
 
 def unmeasured(runtime: str, failure: str) -> Measured:

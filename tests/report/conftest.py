@@ -61,6 +61,23 @@ def target() -> dict[str, Any]:
             "conversion": comparison("merged", "pass", 1.02),
             "compression": comparison("original", "pass", 1.26),
         },
+        "attribution": [
+            {
+                "metric": "ln_ppl",
+                "steps": [
+                    {"name": "merged", "against": "original", "change": {"value": 0.21, "low": 0.18, "high": 0.25}},
+                    {"name": "artifact", "against": "merged", "change": {"value": 0.02, "low": 0.01, "high": 0.03}},
+                ],
+            }
+        ],
+        "profile": {
+            "position": [{"first": 1, "last": 15, "perplexity": {"original": 40.2, "merged": 48.1, "artifact": 49.0}}],
+            "kl_histogram": {
+                "edges": [0.001, 0.1],
+                "counts": {"conversion": [176, 7000, 1000], "compression": [76, 4100, 4000]},
+            },
+        },
+        "speed": {"prompt": 412.0, "generated": 31.5},
         "samples": [
             {"prompt": "The [bold]sea[/bold]", "original": " is blue\nand wide", "artifact": " is grey [/nothing]"}
         ],
@@ -88,6 +105,7 @@ def report(target: dict[str, Any]) -> dict[str, Any]:
             "layers_before": 30,
             "layers_after": 27,
             "layers": [*([i, i] for i in range(20)), [20, 22], [23, 24], *([i, i] for i in range(25, 30))],
+            "similarity": {"before": [[1.0, 0.97], [0.97, 1.0]], "after": [[1.0]]},
             "steps": [{"lower": [23, 23], "upper": [24, 24], "similarity": 0.97, "alpha": 0.97}],
             "calibration": {"sha256": SHA, "tokens": 16384, "source": "embedded"},
             "seconds": 41.2,
