@@ -163,6 +163,12 @@ class ConvertOptions:
         "Let the calibration text guide the quantizer. auto: at 4 bits and fewer.",
         type=click.Choice(["auto", "none"]),
     )
+    attribute: bool = option(
+        False,
+        "Measure each GGUF's own weights in torch too, to tell what rounding lost from what the runtime does; they are "
+        "unpacked for it, and deleted.",
+        is_flag=True,
+    )
     max_fallback: float | None = option(
         None,
         "Refuse an artifact with a larger share of weights in another type than asked, because their rows do not fit.",

@@ -153,6 +153,12 @@ class Converter(Protocol):
         Raises what ``check`` would, as far as there is no checkpoint to look into.
         """
 
+    def bits_per_weight(self, model: Outline, target: Target) -> float | None:
+        """Return what ``details["bits_per_weight"]`` of an artifact of a model would be; None if that cannot be said.
+
+        Where the mix of types follows the layers, fewer of them are another mix, whose bits are part of what was lost.
+        """
+
     def convert(
         self,
         checkpoint: Checkpoint,

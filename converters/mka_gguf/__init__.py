@@ -30,6 +30,13 @@ def need(model: Outline, target: Target) -> Need:
     return run(model, target)
 
 
+def bits_per_weight(model: Outline, target: Target) -> float | None:
+    """Return the bits a weight of an artifact to be: see ``mka_gguf.mix.bits_per_weight``."""
+    from mka_gguf.mix import bits_per_weight as run
+
+    return run(model, target)
+
+
 def convert(
     checkpoint: Checkpoint,
     target: Target,

@@ -14,6 +14,7 @@ from mka_export.converting import conversion_errors
 from mka_export.errors import ConversionError, MkaError, UnsupportedError
 from mka_export.models.activations import Activations
 from mka_export.models.checkpoint import Checkpoint
+from mka_export.models.outline import Outline
 from mka_export.progress import Progress
 from mka_export.target import Artifact, Target
 from mka_export.workspace import publish_file, seal, sealed
@@ -174,7 +175,7 @@ def _imatrix(checkpoint: Checkpoint, activations: Activations) -> dict[str, NDAr
     Raises:
         ConversionError: the statistics are another model's, or hold NaN or infinity.
     """
-    names = gguf_names(checkpoint)
+    names = gguf_names(Outline.of_checkpoint(checkpoint))
     tied_head = checkpoint.architecture.tensors["head"]
     imatrix: dict[str, NDArray[np.float32]] = {}
     for name, mean_square in activations.mean_square.items():

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from mka_export.errors import ConversionError, UnsupportedError, unknown_name
 from mka_export.models.checkpoint import Checkpoint
+from mka_export.models.outline import Outline
 
 UNQUANTIZED = {
     torch.float32: GGMLQuantizationType.F32,
@@ -74,7 +75,7 @@ def _finite(tensor: Tensor) -> bool:
     return bool(torch.stack(tensor.aminmax()).isfinite().all())  # NaN comes through; far faster than isfinite on all
 
 
-def gguf_names(checkpoint: Checkpoint) -> dict[str, str]:
+def gguf_names(model: Outline) -> dict[str, str]:
     """Return checkpoint name -> GGUF name of every tensor that is written, in the order of writing.
 
     A head that is tied to the embedding is left out: llama.cpp then uses the embedding.
@@ -82,19 +83,19 @@ def gguf_names(checkpoint: Checkpoint) -> dict[str, str]:
     Raises:
         UnsupportedError: llama.cpp does not know the architecture, or has no name for a tensor of it.
     """
-    architecture = checkpoint.architecture
+    architecture = model.architecture
     known = {name: arch for arch, name in gguf.MODEL_ARCH_NAMES.items()}
     if architecture.gguf_arch not in known:
         raise UnsupportedError(unknown_name("GGUF architecture", architecture.gguf_arch, known))
-    name_map = gguf.get_tensor_name_map(known[architecture.gguf_arch], checkpoint.num_layers)
+    name_map = gguf.get_tensor_name_map(known[architecture.gguf_arch], model.num_layers)
     roles = architecture.tensors
     order = [roles["embedding"]]
-    for index in range(checkpoint.num_layers):
+    for index in range(model.num_layers):
         layer = (architecture.layer_name(index, inside) for inside in architecture.roles)
-        order += [name for name in layer if name in checkpoint.shards]
+        order += [name for name in layer if name in model.shapes]
     order.append(roles["norm"])
-    if checkpoint.head != roles["embedding"]:
-        order.append(checkpoint.head)
+    if roles["head"] in model.shapes:
+        order.append(roles["head"])
     names: dict[str, str] = {}
     for name in order:
         new = name_map.get_name(name, try_suffixes=(".weight", ".bias"))
@@ -124,7 +125,7 @@ def plan_tensors(checkpoint: Checkpoint, matrix: GGMLQuantizationType, heads: in
             source=name,
             read=_reader(checkpoint, name, heads, kv_heads),
         )
-        for name, new in gguf_names(checkpoint).items()
+        for name, new in gguf_names(Outline.of_checkpoint(checkpoint)).items()
     ]
 
 

@@ -27,6 +27,7 @@ from mka_export.progress import Progress
 from mka_export.workspace import write_json
 
 SLAB = 1 << 22  # values that are dequantized at a time
+TOKEN_BYTES = 128  # of tokenizer files for each token of a vocabulary, with its merges
 FLOAT16_MAX = torch.finfo(torch.float16).max
 
 # Hugging Face's model card <- GGUF. The model_* keys are those that the gguf package reads back.
@@ -87,6 +88,17 @@ def gguf_to_checkpoint(path: Path, out: Path, progress: Progress) -> None:
                 tensor = _unpermute(tensor, heads[role[0]])
             writer.add(name, tensor)
             task.advance()
+
+
+def unpacked_bytes(model: Outline, nbytes: int) -> int:
+    """Return the most bytes that ``gguf_to_checkpoint`` writes.
+
+    Args:
+        model: the file's, in any type.
+        nbytes: of the file.
+    """
+    # Matrices in a type of 2 bytes, unless the file has them in 4; its tokenizer's files are larger than its own.
+    return max(2 * model.parameters, nbytes) + TOKEN_BYTES * model.vocab_size
 
 
 def gguf_outline(path: Path) -> Outline:

@@ -15,7 +15,7 @@ from mka_export.parity.runtimes import Runtime, Windows
 from mka_export.parity.statistics import Interval, bootstrap_means, perplexity
 from mka_export.progress import Progress
 
-ORIGINAL, MERGED, HEALED = "original", "merged", "healed"
+ORIGINAL, MERGED, HEALED, QUANTIZED = "original", "merged", "healed", "quantized"
 CONVERSION, COMPRESSION = "conversion", "compression"
 
 

@@ -50,7 +50,7 @@ def run(
     check_merge(merge)
     targets = load_targets(convert, limits)
     check_limit(merge, heal, targets, texts)
-    export = Export(model, merge, heal, targets, texts, device, output, "mka")
+    export = Export(model, merge, heal, targets, texts, device, output, "mka", attribute=convert.attribute)
 
     def work() -> int:
         if export.auto:
@@ -102,7 +102,8 @@ def convert_only(
     preview: PreviewOptions,
 ) -> int:
     """Make every target from a model as it is, and measure each against it; returns the exit code."""
-    export = Export(model, None, HealOptions(), load_targets(convert, limits), texts, device, output, "export")
+    rest = (texts, device, output, "export")
+    export = Export(model, None, HealOptions(), load_targets(convert, limits), *rest, attribute=convert.attribute)
     return _carry_out(export, preview, lambda: export.finish(export.make()))
 
 

@@ -21,18 +21,19 @@ from mka_export.merge.stage import ACTIVATIONS, PLAN, SIMILARITY, merge_stage
 from mka_export.models.activations import Activations, calibrate, calibration_need
 from mka_export.models.checkpoint import Checkpoint, read_json
 from mka_export.models.expected import expected_outline, fetch_need
+from mka_export.models.gguf_source import unpacked_bytes
 from mka_export.models.outline import Outline
 from mka_export.models.sampling import sampling_bytes
 from mka_export.models.sources import cache_folder
 from mka_export.needs import Need
 from mka_export.options import AUTO, DeviceOptions, HealOptions, MergeOptions, OutputOptions, TextOptions
-from mka_export.parity.comparison import HEALED, MERGED, measure, measuring_bytes
+from mka_export.parity.comparison import HEALED, MERGED, QUANTIZED, measure, measuring_bytes
 from mka_export.parity.verdict import judge
 from mka_export.pipeline.depth import AutoRatio
 from mka_export.pipeline.forecast import Forecast, left_to_do
 from mka_export.pipeline.job import CALIBRATION, DEPTH, PARITY, REPORT, SAMPLED, Job, stem
 from mka_export.pipeline.measured import FACTS, unmeasured
-from mka_export.pipeline.measuring import Measuring, Subject
+from mka_export.pipeline.measuring import GGUF_RUNTIME, Measuring, Subject
 from mka_export.pipeline.requests import merge_settings
 from mka_export.report import write_report
 from mka_export.target import Artifact, Limits, Target, load_converter
@@ -50,6 +51,7 @@ class Export(Job):
         merge: how the model will be merged first; None where it is converted as it is.
         targets: what to make.
         suffix: of the output folder's name, after the model's, where ``--out`` is not given.
+        attribute: whether the artifacts' weights are measured in torch too.
 
     Raises:
         UsageError: besides what ``Job`` checks, a stage would replace the model, a target is not for its family.
@@ -66,6 +68,8 @@ class Export(Job):
         device: DeviceOptions,
         output: OutputOptions,
         suffix: str,
+        *,
+        attribute: bool = False,
     ) -> None:
         super().__init__(model, texts, device, output, f"{stem(model)}-{suffix}")
         self.planned, self.healing, self.targets = merge, heal, targets
@@ -74,8 +78,8 @@ class Export(Job):
         self.lineage: dict[str, Checkpoint] = {}  # what was made from the original, in order
         self.auto = AutoRatio(self, merge, targets) if merge and merge.ratio == AUTO else None
         made = [DEPTH, MERGED, HEALED] if merge else [CALIBRATION]
-        self.spare_the_model(SAMPLED, *made, PARITY, *(target.name for target in targets))
-        self._measuring = Measuring(self)
+        self.spare_the_model(SAMPLED, *made, PARITY, QUANTIZED, *(target.name for target in targets))
+        self._measuring, self._attribute = Measuring(self), attribute
         self._merge_report: dict[str, Any] | None = None
         self._heal_report: dict[str, Any] | None = None
 
@@ -147,6 +151,11 @@ class Export(Job):
                 target.require_budget(made)
             stages[target.name] = made
             stages[f"{PARITY}/{target.name}"] = Need(memory=measuring_bytes(model, made.kept, *windows))
+            if self._attribute and target.runtime == GGUF_RUNTIME:
+                unpacked = unpacked_bytes(shallow, made.kept)
+                stages[f"{QUANTIZED}/{target.name}"] = Need(
+                    scratch=unpacked, memory=measuring_bytes(shallow, 0, *windows)
+                )
         if searches:  # where one layer less goes after all, what was made is replaced
             again = sum(stages[name].kept for name in (MERGED, *(target.name for target in self.targets)))
             stages[MERGED] = dataclasses.replace(stages[MERGED], scratch=stages[MERGED].scratch + again)
@@ -315,7 +324,8 @@ class Export(Job):
             return {"name": target.name, "artifact": None, "budget": None, **failed}
         made = read_json(stage.path / ARTIFACT)
         artifact = Artifact(stage.path / made["path"], tuple(made["files"]), made["nbytes"], made["details"])
-        entry = self._measuring.entry(Subject(target, artifact, stage.files, self.lineage))
+        subject = Subject(target, artifact, stage.files, dict(self.lineage), self._attribute)
+        entry = self._measuring.entry(subject)
         if target.budget is not None:
             taken = target.budget.taken(artifact.nbytes, need.cache)
             entry["budget"] = {**dataclasses.asdict(target.budget), "taken": taken}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ class Measured:
 
     Attributes:
         facts: ``runtime``, ``tokenizer`` and ``samples`` as the report has them; ``oddities``: unusual texts that the
-            tokenizers read differently; ``failures``: why it fails whatever the scores say; ``speed``: ``prompt`` and
+            tokenizers read differently, and what else is to be warned of; ``failures``: why it fails whatever the scores say; ``speed``: ``prompt`` and
             ``generated``, each with its ``tokens`` and ``seconds``, or None; ``steps``: a ``Run`` each; ``converted``:
             the step that it was made from, None if that is not known; ``bytes_per_token``.
         scores: of every step; None where the runtime failed.
@@ -46,6 +46,16 @@ class Measured:
         write_json(folder / FACTS, self.facts)
         if self.scores is not None:
             self.scores.save(folder / SCORES)
+
+    def with_step(self, step: Measured) -> Measured:
+        """Return it with one step more before the artifact; where that failed, with a warning that says why."""
+        if self.scores is None:
+            return self
+        if step.scores is None:
+            return replace(self, facts={**self.facts, "oddities": [*self.facts["oddities"], *step.facts["failures"]]})
+        *before, artifact = self.facts["steps"]
+        facts = {**self.facts, "steps": [*before, *step.facts["steps"], artifact]}
+        return Measured(facts, replace(self.scores, nll={**self.scores.nll, **step.scores.nll}))
 
     @property
     def comparison(self) -> Comparison | None:

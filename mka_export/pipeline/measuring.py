@@ -8,18 +8,22 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from mka_export.errors import RuntimeFailure
+from mka_export.errors import CheckpointError, RuntimeFailure, UnsupportedError
 from mka_export.models.checkpoint import Checkpoint
+from mka_export.models.gguf_source import gguf_to_checkpoint
+from mka_export.models.outline import Outline
 from mka_export.models.text import sample_prompts, tokenizer_corpus, tokenizer_oddities
-from mka_export.parity.comparison import ORIGINAL, Run
-from mka_export.parity.metrics import ARTIFACT, Clock, score
+from mka_export.parity.comparison import ORIGINAL, QUANTIZED, Run
+from mka_export.parity.metrics import ARTIFACT, Clock, Scores, score
 from mka_export.parity.runtimes import RUNTIME_PACKAGES, Runtime, open_runtime
 from mka_export.parity.tokenizer_check import first_difference
 from mka_export.pipeline.job import PARITY, Job, versions
 from mka_export.pipeline.measured import Measured, empty_facts
-from mka_export.target import Artifact, Target
+from mka_export.target import Artifact, Target, load_converter
+from mka_export.workspace import publish_folder
 
 SAMPLE_TOKENS = 16
+GGUF_RUNTIME = "llama.cpp"
 
 
 @dataclass(frozen=True)
@@ -31,12 +35,14 @@ class Subject:
         artifact: the files.
         files: sha256 of each, by its path.
         lineage: name -> the checkpoints between the original and it, in order; None if they are not known.
+        attribute: whether its weights are measured in torch too, to tell what rounding lost from what the runtime does.
     """
 
     target: Target
     artifact: Artifact
     files: Mapping[str, str]
     lineage: Mapping[str, Checkpoint] | None
+    attribute: bool = False
 
 
 class Measuring:
@@ -52,14 +58,23 @@ class Measuring:
 
     def entry(self, subject: Subject) -> dict[str, Any]:
         """Measure an artifact, unless it was, and judge it: the report's entry for its target."""
-        target = subject.target
+        target, artifact = subject.target, subject.artifact
+        measured, details = self._measured(subject), dict(artifact.details)
+        warnings = list(details.get("warnings", []))
+        if subject.attribute and target.runtime == GGUF_RUNTIME:
+            quantized = self._quantized(subject)
+            measured = measured.with_step(quantized)
+            details["bits_per_weight_of_original"] = quantized.facts["bits_per_weight_of_original"]
+        elif subject.attribute:
+            warnings.append(
+                f"--attribute: the weights of {target.name} cannot be read back into torch, so what rounding lost is not told "
+                "from what the runtime does."
+            )
         return {
             "name": target.name,
-            "artifact": self._describe(subject),
+            "artifact": {**self._describe(subject), "details": details},
             "budget": None,
-            **self._measured(subject).judged(
-                target.conversion, target.compression, subject.artifact.details.get("warnings", [])
-            ),
+            **measured.judged(target.conversion, target.compression, warnings),
         }
 
     def _measured(self, subject: Subject) -> Measured:
@@ -111,10 +126,47 @@ class Measuring:
         }
         return Measured(facts, scores)
 
+    def _quantized(self, subject: Subject) -> Measured:
+        """Measure the artifact's own weights in torch: step ``quantized``.
+
+        They are unpacked for it as any GGUF is, in float16 where they are quantized, and deleted afterwards.
+        """
+        job = self._job
+        inputs = {
+            **job.inputs(job.original),
+            "artifact": dict(subject.files),
+            **job.evaluation_inputs(),
+            "device": job.device.device,
+        }
+
+        def make(folder: Path, pieces: Path) -> None:
+            unpacked = pieces / QUANTIZED
+            facts = empty_facts("torch", versions(*RUNTIME_PACKAGES["torch"]))
+            facts["bits_per_weight_of_original"] = self._bits_of_original(subject)
+            try:
+                if not unpacked.is_dir():
+                    with publish_folder(unpacked) as making:
+                        gguf_to_checkpoint(subject.artifact.path, making, job.progress)
+                runtime = job.runtime(Checkpoint.open(unpacked))
+                scores = score(job.evaluation.ids, runtime, {}, job.progress)
+            except (CheckpointError, UnsupportedError) as error:
+                why = f"What rounding lost is not told from what the runtime does: {error}"
+                Measured({**facts, "failures": [why]}, None).write(folder)
+                return
+            facts["steps"] = [asdict(Run.of(QUANTIZED, runtime))]
+            Measured(facts, Scores({QUANTIZED: scores.nll[ARTIFACT]}, {})).write(folder)
+
+        return Measured.read(job.workspace.stage(f"{QUANTIZED}/{subject.target.name}", inputs, make).path)
+
+    def _bits_of_original(self, subject: Subject) -> float | None:
+        """Return the bits a weight that the target would spend on the original: another mix is not another loss."""
+        target = subject.target
+        return load_converter(target.converter).bits_per_weight(Outline.of_checkpoint(self._job.original), target)
+
     def _options(self, runtime: str) -> dict[str, Any]:
         """Return what ``open_runtime`` is told about devices."""
         device = self._job.device
-        return {"gpu_layers": device.gpu_layers} if runtime == "llama.cpp" else {"device": device.device}
+        return {"gpu_layers": device.gpu_layers} if runtime == GGUF_RUNTIME else {"device": device.device}
 
     def _compare_tokenizers(self, runtime: Runtime, facts: dict[str, Any]) -> None:
         reference, corpus = self._job.reference, [*tokenizer_corpus(), self._job.evaluation_text]
@@ -146,5 +198,4 @@ class Measuring:
             ],
             "nbytes": artifact.nbytes,
             "share_of_original": artifact.nbytes / self._job.original.nbytes,
-            "details": dict(artifact.details),
         }

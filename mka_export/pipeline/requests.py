@@ -12,7 +12,7 @@ from mka_export.merge.methods import METHODS
 from mka_export.merge.plan import read_plan
 from mka_export.merge.stage import layers_to_remove, removable
 from mka_export.options import AUTO, ITERATIVE, ConvertOptions, HealOptions, LimitOptions, MergeOptions, TextOptions
-from mka_export.parity.comparison import HEALED, MERGED
+from mka_export.parity.comparison import HEALED, MERGED, QUANTIZED
 from mka_export.parity.runtimes import RUNTIMES
 from mka_export.parity.statistics import MIN_WINDOWS
 from mka_export.pipeline.job import CALIBRATION, DEPTH, PARITY, REPORT, SAMPLED
@@ -117,7 +117,7 @@ def load_targets(convert: ConvertOptions, limits: LimitOptions) -> list[Target]:
     names = [target.name for target in targets]
     if len(set(names)) < len(names):
         raise UsageError(f"--to names a target twice: {', '.join(names)}")
-    if clash := {SAMPLED, DEPTH, MERGED, HEALED, CALIBRATION, PARITY, MANIFEST, REPORT} & set(names):
+    if clash := {SAMPLED, DEPTH, MERGED, HEALED, CALIBRATION, PARITY, QUANTIZED, MANIFEST, REPORT} & set(names):
         raise UsageError(f"a target cannot be called {clash.pop()}", "Rename its file.")
     return targets
 

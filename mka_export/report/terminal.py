@@ -128,11 +128,12 @@ def _print_target(target: Mapping[str, Any], console: Console) -> None:
 def _about_the_artifact(artifact: Mapping[str, Any]) -> Iterator[str]:
     details = artifact["details"]
     share = artifact["share_of_original"]
-    bits = details.get("bits_per_weight")
+    bits, whole = details.get("bits_per_weight"), details.get("bits_per_weight_of_original")
     yield (
         f"Size      {size(artifact['nbytes'])}"
         + (f", {100 * share:.1f} % of the original" if share is not None else "")
         + (f", {bits:.2f} bits a weight" if bits is not None else "")
+        + (f" ({whole:.2f} if no layers were merged)" if whole is not None else "")
     )
     if graph := details.get("graph"):
         level = details.get("accuracy_level")
