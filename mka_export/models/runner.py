@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from inspect import signature
 from typing import Any, TypeVar
 
 import torch
@@ -12,7 +13,7 @@ import transformers
 from accelerate import init_empty_weights
 from torch import Tensor, nn
 from torch.func import functional_call
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
 from mka_export.errors import CheckpointError, MkaError, UsageError, out_of_memory
 from mka_export.memory import return_freed_blocks
@@ -60,8 +61,10 @@ class LayerRunner:
         architecture = checkpoint.architecture
         self._layers = self._model.get_submodule(architecture.layers)
         self._parent, _, self._layers_name = architecture.layers.rpartition(".")
+        taken = signature(type(self._model.get_submodule(self._parent)).forward).parameters
+        self._cache_keyword = "cache" if "cache" in taken else "past_key_values"  # its name before transformers 5.24
         self._norm = self._model.get_submodule(architecture.tensors["norm"].rpartition(".")[0])
-        self._keywords: dict[int, list[dict[str, Any]]] = {}
+        self._keywords: dict[tuple[int, int], list[dict[str, Any]]] = {}
 
     def layer_module(self, index: int) -> nn.Module:
         """Return layer ``index``, without storage: for its submodules' paths and attributes."""
@@ -133,9 +136,28 @@ class LayerRunner:
         finally:
             setattr(layer, name, mlp)
 
+    def run_prefix(self, index: int, weights: Weights, states: Tensor) -> tuple[Tensor, DynamicCache]:
+        """Apply layer ``index`` to the states (1, P, hidden) of what several texts begin with.
+
+        Returns:
+            the states after it, and the layer's keys and values for ``run_rests``.
+        """
+        cache = DynamicCache()
+        return self._run_layer(index, weights, states, cache), cache
+
+    def run_rests(self, index: int, weights: Weights, states: Tensor, prefix: DynamicCache) -> Tensor:
+        """Apply layer ``index`` to the states (batch, T, hidden) of texts behind a prefix that ``run_prefix`` has seen."""
+        own = prefix.layers[index]
+        cache = DynamicCache()
+        cache.update(*(part.expand(len(states), -1, -1, -1) for part in (own.keys, own.values)), index)
+        return self._run_layer(index, weights, states, cache)
+
     @torch.no_grad()
-    def _run_layer(self, index: int, weights: Weights, states: Tensor) -> Tensor:
-        keywords = self._recorded(states.shape[1])[index]
+    def _run_layer(self, index: int, weights: Weights, states: Tensor, cache: DynamicCache | None = None) -> Tensor:
+        past = cache.get_seq_length(index) if cache else 0
+        keywords = self._recorded(states.shape[1], past)[index]
+        if cache is not None:
+            keywords = {**keywords, self._cache_keyword: cache}
         out = functional_call(self.layer_module(index), dict(weights), (states,), keywords)
         after: Tensor = out[0] if isinstance(out, tuple) else out
         return after
@@ -193,9 +215,9 @@ class LayerRunner:
             out[..., start : start + step] = normed @ rows.T
         return out
 
-    def _recorded(self, tokens: int) -> list[dict[str, Any]]:
-        """Return what the model gives each of its layers, for windows of ``tokens`` tokens."""
-        if tokens not in self._keywords:
+    def _recorded(self, tokens: int, past: int = 0) -> list[dict[str, Any]]:
+        """Return what the model gives each of its layers, for windows of ``tokens`` tokens behind ``past`` others."""
+        if (tokens, past) not in self._keywords:
             parent = self._model.get_submodule(self._parent)
             recorders = [_Recorder() for _ in range(self.checkpoint.num_layers)]
             name, norm_name = self._layers_name, self.checkpoint.architecture.tensors["norm"].split(".")[-2]
@@ -203,13 +225,17 @@ class LayerRunner:
                 setattr(parent, name, nn.ModuleList(recorders))
                 setattr(parent, norm_name, nn.Identity())
                 states = torch.zeros(1, tokens, self.checkpoint.hidden_size, device=self.device)
+                seen = DynamicCache()  # only its length counts
+                for index in range(self.checkpoint.num_layers if past else 0):
+                    seen.update(*[torch.empty(1, 1, past, 1, device=self.device)] * 2, index)
+                cache = {self._cache_keyword: seen} if past else {}
                 with torch.no_grad():
-                    parent(inputs_embeds=states, use_cache=False)
+                    parent(inputs_embeds=states, use_cache=bool(past), **cache)
             finally:
                 setattr(parent, name, self._layers)
                 setattr(parent, norm_name, self._norm)
-            self._keywords = {tokens: [recorder.keywords for recorder in recorders]}  # one shape at a time
-        return self._keywords[tokens]
+            self._keywords = {(tokens, past): [recorder.keywords for recorder in recorders]}  # one shape at a time
+        return self._keywords[tokens, past]
 
 
 def _empty_model(checkpoint: Checkpoint) -> nn.Module:

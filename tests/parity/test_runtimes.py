@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 from mka_export.errors import RuntimeFailure, UsageError
 from mka_export.models.text import even_windows, tokenizer_corpus
 from mka_export.parity.comparison import measure
-from mka_export.parity.runtimes import Runtime, open_runtime
+from mka_export.parity.runtimes import Prefixed, Runtime, open_runtime
 from mka_export.parity.runtimes.llama_cpp_runtime import LlamaCppRuntime, log_softmax
 from mka_export.parity.runtimes.torch_runtime import TorchRuntime
 from mka_export.parity.tokenizer_check import first_difference
@@ -233,3 +233,24 @@ def test_a_real_gguf_predicts_its_text(real_smollm2: Path) -> None:
     (new,) = runtime.generate([runtime.tokenize("The capital of France is")], 3)
     assert "Paris" in runtime.detokenize(new)
     runtime.close()
+
+
+@pytest.fixture(scope="module")
+def texts(torch_runtime: TorchRuntime) -> list[Prefixed]:
+    ids = tuple(i for text in tokenizer_corpus()[:40] for i in torch_runtime.tokenize(text))
+    return [
+        Prefixed(ids[:150], tuple(ids[150 + 5 * n : 160 + 12 * n] for n in range(40))),  # more than go through together
+        Prefixed((), (ids[:7], ids[7:90])),
+        Prefixed(ids[:5], (ids[5:6],)),
+    ]
+
+
+@torch.no_grad()
+def test_tokens_after_texts_that_begin_alike_are_as_likely_as_by_transformers(
+    runtime: Runtime, model: torch.nn.Module, texts: list[Prefixed]
+) -> None:
+    found = np.concatenate(list(runtime.next_log_probs(texts, [5, 9, 4])))
+    rows = [torch.tensor([[*text.prefix, *rest]]) for text in texts for rest in text.rests]
+    expected = torch.cat([torch.log_softmax(model(row).logits[:, -1], dim=-1)[:, [5, 9, 4]] for row in rows]).numpy()
+    assert found.shape == expected.shape == (43, 3)
+    np.testing.assert_allclose(found, expected, atol=1e-4 if runtime.name == "torch" else 2e-2)

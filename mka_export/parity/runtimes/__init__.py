@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 from typing import Protocol, cast
@@ -14,7 +15,21 @@ from mka_export.errors import RuntimeFailure, UsageError, unknown_name
 
 Windows = NDArray[np.int64]  # (windows, tokens): token ids, what the runtime sees and nothing else
 LogProbs = NDArray[np.float32]  # (tokens, vocabulary): natural logarithms
+Ids = tuple[int, ...]
 ONNX_CONFIG = "genai_config.json"  # in every folder that onnxruntime-genai opens
+
+
+@dataclass(frozen=True)
+class Prefixed:
+    """Texts that begin alike.
+
+    Attributes:
+        prefix: the ids that all begin with; may be none.
+        rests: how each goes on, by at least one id.
+    """
+
+    prefix: Ids
+    rests: tuple[Ids, ...]
 
 
 class Runtime(Protocol):
@@ -42,6 +57,15 @@ class Runtime(Protocol):
 
     def log_probs(self, windows: Windows) -> Iterator[LogProbs]:
         """Yield, window by window, the log-probabilities after each of its tokens: row t is for token t + 1.
+
+        Raises:
+            RuntimeFailure: the runtime cannot run the model.
+        """
+
+    def next_log_probs(self, texts: Sequence[Prefixed], tokens: Sequence[int]) -> Iterator[LogProbs]:
+        """Yield the log-probabilities of ``tokens`` right after each text, in order: (some texts, tokens) at a time.
+
+        What the texts of a group begin with is computed once, and its key-value state used for all of them.
 
         Raises:
             RuntimeFailure: the runtime cannot run the model.

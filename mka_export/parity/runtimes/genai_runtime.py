@@ -10,7 +10,7 @@ import onnxruntime_genai as genai
 from numpy.typing import NDArray
 
 from mka_export.errors import RuntimeFailure
-from mka_export.parity.runtimes import LogProbs, Windows
+from mka_export.parity.runtimes import LogProbs, Prefixed, Windows
 from mka_export.parity.runtimes.logits import BATCH, log_softmax, require_known, require_tokens
 from mka_export.parity.runtimes.onnx_folder import OnnxFolder
 
@@ -57,6 +57,21 @@ class GenaiRuntime:
                 out[part] = self._append(generator, window[part])
                 log_softmax(out[part])
             yield out
+
+    def next_log_probs(self, texts: Sequence[Prefixed], tokens: Sequence[int]) -> Iterator[LogProbs]:
+        """Yield the log-probabilities (1, tokens) of ``tokens`` right after each text; the generator is taken back
+        to the prefix after each.
+        """
+        for text in texts:
+            generator = self._generator(len(text.prefix) + max(map(len, text.rests)) + 1)
+            prefix = np.array(text.prefix, dtype=np.int64)
+            for start in range(0, len(prefix), BATCH):
+                self._append(generator, prefix[start : start + BATCH])
+            for rest in text.rests:
+                last = self._append(generator, np.array(rest, dtype=np.int64))[-1:]
+                log_softmax(last)
+                yield last[:, list(tokens)]
+                generator.rewind_to(len(prefix))
 
     def generate(self, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> list[list[int]]:
         """Continue each prompt greedily, up to a token that the folder names as the end of a text."""

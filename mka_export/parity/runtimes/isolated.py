@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from mka_export.child import Child
-from mka_export.parity.runtimes import RUNTIMES, LogProbs, Runtime, Windows
+from mka_export.parity.runtimes import RUNTIMES, LogProbs, Prefixed, Runtime, Windows
 
 ROWS = 128  # of log-probabilities in one message: 78 MB at a vocabulary of 152 000
 
@@ -61,6 +61,16 @@ class IsolatedRuntime:
                 out[start : start + ROWS] = self._child.receive()
             yield out
 
+    def next_log_probs(self, texts: Sequence[Prefixed], tokens: Sequence[int]) -> Iterator[LogProbs]:
+        """Yield the log-probabilities of ``tokens`` after each text, as the runtime does, some texts at a time."""
+        for text in texts:
+            self._child.send(("next_log_probs", text, tokens))
+            left = len(text.rests)
+            while left:
+                piece: LogProbs = self._child.receive()
+                left -= len(piece)
+                yield piece
+
     def generate(self, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> list[list[int]]:
         """Continue each prompt greedily, as the runtime does."""
         return [self._call("generate", [prompt], max_new_tokens)[0] for prompt in prompts]
@@ -98,5 +108,8 @@ def _serve(connection: Connection, opener: Callable[..., Runtime], path: Path, o
             (found,) = runtime.log_probs(args[0][None])
             for start in range(0, len(found), ROWS):
                 connection.send(found[start : start + ROWS])
+        elif method == "next_log_probs":
+            for piece in runtime.next_log_probs([args[0]], args[1]):
+                connection.send(piece)
         else:
             connection.send(getattr(runtime, method)(*args))

@@ -7,7 +7,7 @@ import os
 from collections import deque
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import llama_cpp
 import numpy as np
@@ -15,9 +15,11 @@ from numpy.typing import NDArray
 
 from mka_export.errors import CheckpointError, RuntimeFailure, UsageError
 from mka_export.models.gguf_file import read_gguf
-from mka_export.parity.runtimes import LogProbs, Windows
+from mka_export.parity.runtimes import Ids, LogProbs, Prefixed, Windows
 from mka_export.parity.runtimes.logits import BATCH, log_softmax, require_known, require_tokens, usable_cores
 
+SEQUENCES = 32  # texts that go through together behind a prefix
+PREFIX = 0  # the sequence that holds it
 _WARNING, _ERROR, _CONTINUED = 3, 4, 5  # enum ggml_log_level in ggml.h (llama_cpp/_logger.py has others)
 # GCC 12 takes the AMX instruction that configures the tiles for one that reads 8 bytes, and leaves out the stores of the other
 # 56: such a llama.cpp dies by SIGSEGV at the first matrix in AMX's own layout. Without its own layouts no matrix is in it.
@@ -30,6 +32,15 @@ def _keep_log(level: int, text: bytes, _data: ctypes.c_void_p) -> None:
     line = text.decode("utf-8", "replace").strip()
     if line and (level in (_WARNING, _ERROR) or (level == _CONTINUED and _log)):
         _log.append(line)
+
+
+class _Row(NamedTuple):
+    """A token of a batch."""
+
+    token: int
+    position: int
+    sequence: int
+    wanted: bool  # its logits
 
 
 class LlamaCppRuntime:
@@ -68,7 +79,7 @@ class LlamaCppRuntime:
         self.device = f"gpu ({gpu_layers if gpu_layers > 0 else 'all'} layers)" if gpu_layers else "cpu"
         self._model: Any = None
         self._context: Any = None
-        self._context_tokens = 0
+        self._room = 0, 0  # tokens and sequences that the context holds
         llama_cpp.llama_log_set(_keep_log, ctypes.c_void_p(0))
         llama_cpp.llama_backend_init()
         params = llama_cpp.llama_model_default_params()
@@ -116,6 +127,23 @@ class LlamaCppRuntime:
                 log_softmax(out[part])
             yield out
 
+    def next_log_probs(self, texts: Sequence[Prefixed], tokens: Sequence[int]) -> Iterator[LogProbs]:
+        """Yield the log-probabilities of ``tokens`` right after each text, ``SEQUENCES`` texts of a group at a time.
+
+        The prefix is a sequence of the cache, which the texts share with it (``llama_memory_seq_cp``).
+        """
+        for text in texts:
+            parts = [text.rests[i : i + SEQUENCES] for i in range(0, len(text.rests), SEQUENCES)]
+            room = len(text.prefix) + max(sum(map(len, part)) for part in parts)
+            self._start(room, 1 + min(SEQUENCES, len(text.rests)))
+            prefix = np.array(text.prefix, dtype=np.int64)
+            for start in range(0, len(prefix), BATCH):
+                self._decode(prefix[start : start + BATCH], start, every=False)
+            for part in parts:
+                logits = self._ends_of(part, len(prefix))
+                log_softmax(logits)
+                yield logits[:, list(tokens)]
+
     def generate(self, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> list[list[int]]:
         """Continue each prompt greedily, up to a token that the file marks as ending generation."""
         return [self._continue(np.asarray(prompt, dtype=np.int64), max_new_tokens) for prompt in prompts]
@@ -141,14 +169,31 @@ class LlamaCppRuntime:
             logits = self._decode(np.array([token]), len(prompt) + len(new) - 1, every=False)
         return new
 
-    def _start(self, tokens: int) -> None:
-        """Make an empty context that holds at least ``tokens`` tokens."""
-        if tokens <= self._context_tokens:
+    def _ends_of(self, rests: Sequence[Ids], prefix: int) -> NDArray[np.float32]:
+        """Run texts, each a sequence of its own behind the prefix; return the logits at their ends (texts, vocabulary)."""
+        memory, found = llama_cpp.llama_get_memory(self._context), np.empty((len(rests), self.vocab_size), np.float32)
+        rows = [
+            _Row(token, prefix + i, n + 1, i == len(rest) - 1) for n, rest in enumerate(rests) for i, token in enumerate(rest)
+        ]
+        for n in range(len(rests)):
+            llama_cpp.llama_memory_seq_cp(memory, PREFIX, n + 1, -1, -1)
+        for start in range(0, len(rows), BATCH):
+            batch = rows[start : start + BATCH]
+            for row, logits in zip([row for row in batch if row.wanted], self._decode_rows(batch), strict=True):
+                found[row.sequence - 1] = logits
+        for n in range(len(rests)):
+            llama_cpp.llama_memory_seq_rm(memory, n + 1, -1, -1)
+        return found
+
+    def _start(self, tokens: int, sequences: int = 1) -> None:
+        """Make an empty context that holds at least ``tokens`` tokens in so many sequences."""
+        if tokens <= self._room[0] and sequences == self._room[1]:
             llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(self._context), True)
             return
         self._free_context()
         params = llama_cpp.llama_context_default_params()
         params.n_ctx = tokens
+        params.n_seq_max, params.kv_unified = sequences, True  # one cache, of which sequences share cells
         params.n_batch = params.n_ubatch = BATCH
         params.n_threads = params.n_threads_batch = self._threads
         params.offload_kqv = params.op_offload = bool(self._gpu_layers)
@@ -156,38 +201,46 @@ class LlamaCppRuntime:
         self._context = llama_cpp.llama_init_from_model(self._model, params)
         if not self._context:
             raise self._failure("cannot make a context for")
-        self._context_tokens = tokens
+        self._room = tokens, sequences
 
     def _decode(self, ids: NDArray[np.int64], position: int, *, every: bool) -> NDArray[np.float32]:
         """Run ``ids`` from ``position`` on; return logits of all of them, or of the last: (1 or n, vocabulary).
 
         The array is the library's own and valid until the next call.
         """
-        n = len(ids)
-        require_known(ids, self.vocab_size, self.path)
-        batch = llama_cpp.llama_batch_init(n, 0, 1)
+        last = len(ids) - 1
+        return self._decode_rows([_Row(int(t), position + i, PREFIX, every or i == last) for i, t in enumerate(ids)])
+
+    def _decode_rows(self, rows: Sequence[_Row]) -> NDArray[np.float32]:
+        """Run tokens; return the logits of those wanted, in order: (wanted, vocabulary).
+
+        The array is the library's own and valid until the next call.
+        """
+        require_known(np.array([row.token for row in rows]), self.vocab_size, self.path)
+        batch = llama_cpp.llama_batch_init(len(rows), 0, 1)
         try:
-            batch.n_tokens = n
-            for i in range(n):
-                batch.token[i] = int(ids[i])
-                batch.pos[i] = position + i
-                batch.n_seq_id[i] = 1
-                batch.seq_id[i][0] = 0
-                batch.logits[i] = every or i == n - 1
+            batch.n_tokens = len(rows)
+            for i, row in enumerate(rows):
+                batch.token[i], batch.pos[i] = row.token, row.position
+                batch.n_seq_id[i], batch.seq_id[i][0] = 1, row.sequence
+                batch.logits[i] = row.wanted
             _log.clear()
             if code := llama_cpp.llama_decode(self._context, batch):
                 raise self._failure(f"llama_decode returned {code} for")
         finally:
             llama_cpp.llama_batch_free(batch)
-        first = llama_cpp.llama_get_logits_ith(self._context, 0 if every else n - 1)
+        wanted = [i for i, row in enumerate(rows) if row.wanted]
+        if not wanted:
+            return np.empty((0, self.vocab_size), dtype=np.float32)
+        first = llama_cpp.llama_get_logits_ith(self._context, wanted[0])
         if not first:
             raise self._failure("no logits from")
-        return np.ctypeslib.as_array(first, shape=(n if every else 1, self.vocab_size))
+        return np.ctypeslib.as_array(first, shape=(len(wanted), self.vocab_size))
 
     def _free_context(self) -> None:
         if self._context:
             llama_cpp.llama_free(self._context)
-            self._context, self._context_tokens = None, 0
+            self._context, self._room = None, (0, 0)
 
     def _failure(self, what: str) -> RuntimeFailure:
         lines = [line for line in _log if "failed to load model" not in line]  # the callers' echoes of the cause

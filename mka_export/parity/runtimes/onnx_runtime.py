@@ -11,7 +11,7 @@ import onnxruntime
 from numpy.typing import NDArray
 
 from mka_export.errors import RuntimeFailure
-from mka_export.parity.runtimes import LogProbs, Windows
+from mka_export.parity.runtimes import LogProbs, Prefixed, Windows
 from mka_export.parity.runtimes.logits import BATCH, log_softmax, require_known, require_tokens, usable_cores
 from mka_export.parity.runtimes.onnx_folder import OnnxFolder
 
@@ -79,6 +79,21 @@ class OnnxRuntime:
                 out[part], cache = self._run(window[part], start, cache)
                 log_softmax(out[part])
             yield out
+
+    def next_log_probs(self, texts: Sequence[Prefixed], tokens: Sequence[int]) -> Iterator[LogProbs]:
+        """Yield the log-probabilities (1, tokens) of ``tokens`` right after each text.
+
+        One text at a time: the CPU's GroupQueryAttention takes no batch of several tokens each behind a past.
+        """
+        for text in texts:
+            prefix, cache = np.array(text.prefix, dtype=np.int64), self._empty
+            for start in range(0, len(prefix), BATCH):
+                _, cache = self._run(prefix[start : start + BATCH], start, cache)
+            for rest in text.rests:
+                logits, _ = self._run(np.array(rest, dtype=np.int64), len(prefix), cache)
+                last = logits[-1:]
+                log_softmax(last)
+                yield last[:, list(tokens)]
 
     def generate(self, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> list[list[int]]:
         """Continue each prompt greedily, up to a token that the folder names as the end of a text."""

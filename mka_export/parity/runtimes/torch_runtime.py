@@ -12,9 +12,10 @@ from torch import Tensor
 
 from mka_export.errors import RuntimeFailure
 from mka_export.models.checkpoint import Checkpoint, read_json
+from mka_export.models.prefixed import last_states
 from mka_export.models.runner import LayerRunner
 from mka_export.models.tokenizer import load_tokenizer, text_ids
-from mka_export.parity.runtimes import LogProbs, Windows
+from mka_export.parity.runtimes import LogProbs, Prefixed, Windows
 from mka_export.progress import Progress
 
 ROWS = 128  # positions normalised at a time
@@ -72,6 +73,15 @@ class TorchRuntime:
         if self._last is None or not np.array_equal(self._last[0], windows):
             self._last = windows, self._runner.hidden_states(torch.from_numpy(windows), self._progress)
         return self._last[1]
+
+    def next_log_probs(self, texts: Sequence[Prefixed], tokens: Sequence[int]) -> Iterator[LogProbs]:
+        """Yield the log-probabilities of ``tokens`` right after each text, a group at a time: (rests, tokens).
+
+        Each layer is read once for as many groups as ``models.prefixed`` holds states of.
+        """
+        groups = [(text.prefix, text.rests) for text in texts]
+        for states in last_states(self._runner, groups, self._progress or Progress(quiet=True)):
+            yield self._window(states)[:, list(tokens)]
 
     def generate(
         self, prompts: Sequence[Sequence[int]], max_new_tokens: int, drafts: Sequence[Sequence[int]] | None = None

@@ -1,0 +1,79 @@
+"""Texts that begin alike, through all layers: what they share goes through once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from mka_export.models.runner import BATCH_TOKENS, LayerRunner
+from mka_export.progress import Progress
+
+STATE_BYTES = 1 << 30  # of states in memory at a time; a layer's weights are read once for as many texts
+
+Group = tuple[Sequence[int], Sequence[Sequence[int]]]  # what the texts begin with, and how each goes on
+
+
+def last_states(runner: LayerRunner, groups: Sequence[Group], progress: Progress) -> Iterator[Tensor]:
+    """Yield, group by group, the states (texts, hidden) of each text's last token after the last layer.
+
+    How the texts of a group go on is padded on the right, to the longest of a batch of similar lengths: a causal model
+    does not see it.
+    """
+    most = STATE_BYTES // (4 * runner.checkpoint.hidden_size)
+    part: list[Group] = []
+    for group in groups:
+        if part and sum(map(_tokens, [*part, group])) > most:
+            yield from _run(runner, part, progress)
+            part = []
+        part.append(group)
+    yield from _run(runner, part, progress)
+
+
+def _tokens(group: Group) -> int:
+    return len(group[0]) + sum(map(len, group[1]))
+
+
+class _States:
+    """The states of one group, from the embedding on."""
+
+    def __init__(self, runner: LayerRunner, prefix: Sequence[int], rests: Sequence[Sequence[int]]) -> None:
+        self._runner, self._lengths = runner, [len(rest) for rest in rests]
+        self._prefix = runner.embed(torch.tensor([prefix])) if prefix else None
+        self._batches = []  # indices of texts, and their states (batch, T, hidden)
+        order = sorted(range(len(rests)), key=lambda i: len(rests[i]))
+        while order:
+            longest = len(rests[order[-1]])
+            count = max(1, BATCH_TOKENS // longest)
+            batch, order = order[-count:], order[:-count]
+            ids = torch.tensor([[*rests[i], *[0] * (longest - len(rests[i]))] for i in batch])
+            self._batches.append((batch, runner.embed(ids)))
+
+    def pass_through(self, index: int, weights: dict[str, Tensor]) -> None:
+        runner = self._runner
+        if self._prefix is None:
+            after = [(batch, runner.run_layer(index, weights, states)) for batch, states in self._batches]
+        else:
+            self._prefix, cache = runner.run_prefix(index, weights, self._prefix)
+            after = [(batch, runner.run_rests(index, weights, states, cache)) for batch, states in self._batches]
+        self._batches = after
+
+    def last(self) -> Tensor:
+        found = torch.empty(len(self._lengths), self._batches[0][1].shape[-1])
+        for batch, states in self._batches:
+            for row, i in zip(states, batch, strict=True):
+                found[i] = row[self._lengths[i] - 1]
+        return found
+
+
+def _run(runner: LayerRunner, groups: Sequence[Group], progress: Progress) -> list[Tensor]:
+    states = [_States(runner, *group) for group in groups]
+    layers = runner.checkpoint.num_layers
+    with progress.task(f"{runner.checkpoint.path.name}, layer by layer", layers * len(states)) as task:
+        for index in range(layers):
+            weights = runner.weights(index)
+            for each in states:
+                each.pass_through(index, weights)
+                task.advance()
+    return [each.last() for each in states]
