@@ -30,7 +30,7 @@ def pico_tokenizer(folder: Path) -> int:
         show_progress=False,
     )
     text = (REPOSITORY / "sample_prompts" / "evaluation" / "prose.txt").read_text(encoding="utf-8")
-    tokenizer.train_from_iterator([text[:30_000]], trainer)
+    tokenizer.train_from_iterator([text[:30_000], " A B C D" * 100], trainer)  # MMLU's answers are tokens
     fast = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, eos_token="<|im_end|>", bos_token="<|im_start|>", pad_token="<|endoftext|>"
     )

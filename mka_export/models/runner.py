@@ -23,6 +23,7 @@ from mka_export.models.statistics import InputStatistics
 from mka_export.progress import Progress
 
 Weights = Mapping[str, Tensor]  # name inside the layer -> tensor, as the layer computes with it
+KeyValues = tuple[Tensor, Tensor]
 Result = TypeVar("Result")
 Seen = TypeVar("Seen", bound=InputStatistics)
 
@@ -136,20 +137,21 @@ class LayerRunner:
         finally:
             setattr(layer, name, mlp)
 
-    def run_prefix(self, index: int, weights: Weights, states: Tensor) -> tuple[Tensor, DynamicCache]:
+    def run_prefix(self, index: int, weights: Weights, states: Tensor) -> tuple[Tensor, KeyValues]:
         """Apply layer ``index`` to the states (1, P, hidden) of what several texts begin with.
 
         Returns:
-            the states after it, and the layer's keys and values for ``run_rests``.
+            the states after it, and the layer's keys and values, each (1, heads, P, width), for ``run_rests``.
         """
-        cache = DynamicCache()
-        return self._run_layer(index, weights, states, cache), cache
+        cache: Any = DynamicCache()
+        after = self._run_layer(index, weights, states, cache)
+        return after, (cache.layers[index].keys, cache.layers[index].values)
 
-    def run_rests(self, index: int, weights: Weights, states: Tensor, prefix: DynamicCache) -> Tensor:
+    def run_rests(self, index: int, weights: Weights, states: Tensor, prefix: KeyValues) -> Tensor:
         """Apply layer ``index`` to the states (batch, T, hidden) of texts behind a prefix that ``run_prefix`` has seen."""
-        own = prefix.layers[index]
+        keys, values = (part.expand(len(states), -1, -1, -1) for part in prefix)
         cache = DynamicCache()
-        cache.update(*(part.expand(len(states), -1, -1, -1) for part in (own.keys, own.values)), index)
+        cache.update(keys, values, index)
         return self._run_layer(index, weights, states, cache)
 
     @torch.no_grad()
@@ -227,7 +229,8 @@ class LayerRunner:
                 states = torch.zeros(1, tokens, self.checkpoint.hidden_size, device=self.device)
                 seen = DynamicCache()  # only its length counts
                 for index in range(self.checkpoint.num_layers if past else 0):
-                    seen.update(*[torch.empty(1, 1, past, 1, device=self.device)] * 2, index)
+                    length = torch.empty(1, 1, past, 1, device=self.device)
+                    seen.update(length, length, index)
                 cache = {self._cache_keyword: seen} if past else {}
                 with torch.no_grad():
                     parent(inputs_embeds=states, use_cache=bool(past), **cache)

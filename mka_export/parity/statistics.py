@@ -1,7 +1,11 @@
-"""How sure the figures are: standard errors and bootstrap intervals, windows being the independent units."""
+"""How sure the figures are: windows and questions are the independent units.
+
+Losses: standard errors, and a bootstrap over whole windows. Answers, right or wrong: tests and intervals of counts.
+"""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,6 +14,7 @@ from scipy import stats
 
 RESAMPLES = 10_000
 CONFIDENCE = 0.95
+POWER = 0.8  # share of cases in which a difference of the size that is stated would show
 MIN_WINDOWS = 5  # fewer have too few distinct resamples to say how far the mean may be off
 SEED = 2406_16330
 
@@ -66,3 +71,55 @@ def perplexity(nll: NDArray[np.float64]) -> tuple[float, float]:
         value = float(np.exp(means.mean()))
         error = float(means.std(ddof=1) / np.sqrt(len(means))) if len(means) > 1 else np.nan
     return value, value * error
+
+
+def share(count: int, of: int) -> Interval:
+    """Return a share of independent cases with Wilson's interval (doi:10.1080/01621459.1927.10502953)."""
+    low, high = stats.binomtest(count, of).proportion_ci(CONFIDENCE, method="wilson")
+    return Interval(count / of, float(low), float(high))
+
+
+def at_chance(right: int, of: int, choices: int) -> bool:
+    """Tell whether so many right answers are what guessing gives: a binomial test, one-sided, finds nothing more."""
+    return bool(stats.binomtest(right, of, 1 / choices, alternative="greater").pvalue > 1 - CONFIDENCE)
+
+
+def paired_change(gained: int, lost: int, of: int) -> Interval:
+    """Return the difference of two shares over the same cases, from the cases in which the two differ.
+
+    The interval is Wald's with half a case added to each cell of the table (Agresti and Min 2005,
+    doi:10.1002/sim.1781), which covers well where few cases differ, or none.
+    """
+    total, better, worse = of + 2, gained + 0.5, lost + 0.5
+    centre = (better - worse) / total
+    reach = _quantile(CONFIDENCE) * math.sqrt(better + worse - (better - worse) ** 2 / total) / total
+    return Interval((gained - lost) / of, max(-1.0, centre - reach), min(1.0, centre + reach))
+
+
+def mcnemar(gained: int, lost: int) -> float:
+    """Return the p-value of McNemar's exact test that gains and losses are as likely: 1 where there are none."""
+    return float(stats.binomtest(gained, gained + lost).pvalue) if gained + lost else 1.0
+
+
+def false_discoveries(p: list[float]) -> list[float]:
+    """Return p-values adjusted so that a limit on them limits the rate of false discoveries (Benjamini and Hochberg)."""
+    return [float(q) for q in stats.false_discovery_control(p)] if p else []
+
+
+def smallest_seen(differing: int, of: int) -> float:
+    """Return the smallest true change of a share that the test shows in ``POWER`` of cases.
+
+    From the share of cases in which the two differ (Connor 1987, doi:10.2307/2531961, its approximation for small
+    changes).
+    """
+    return (_quantile(CONFIDENCE) + _quantile(2 * POWER - 1)) * math.sqrt((differing + 1) / (of + 2) / of)
+
+
+def cases_for(margin: float, differing: int, of: int) -> int:
+    """Return how many cases it takes for ``smallest_seen`` to be ``margin``, where as large a share of them differs."""
+    return math.ceil(of * (smallest_seen(differing, of) / margin) ** 2)
+
+
+def _quantile(confidence: float) -> float:
+    """Return how many standard errors a two-sided interval reaches."""
+    return float(stats.norm.ppf((1 + confidence) / 2))

@@ -22,7 +22,7 @@ from mka_export.errors import ConversionError, RuntimeFailure, UnsupportedError
 from mka_export.models.checkpoint import Checkpoint
 from mka_export.models.onnx_file import read_graph
 from mka_export.models.outline import Outline
-from mka_export.parity.runtimes import open_runtime
+from mka_export.parity.runtimes import Prefixed, open_runtime
 from mka_export.parity.runtimes.genai_runtime import GenaiRuntime
 from mka_export.parity.runtimes.onnx_runtime import OnnxRuntime
 
@@ -75,6 +75,18 @@ def test_generation_is_that_of_transformers(runtime, pico_llama, convert_to):
         made = model.generate(torch.from_numpy(prompt[None]), max_new_tokens=12, do_sample=False)
         expected = [i for i in made[0, len(prompt) :].tolist() if i != 2]  # the end of a turn
         assert opened.generate([prompt.tolist()], 12) == [expected]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("runtime", RUNTIMES)
+def test_tokens_after_texts_that_begin_alike_are_as_likely_as_by_transformers(runtime, pico_llama, convert_to):
+    model, opened = AutoModelForCausalLM.from_pretrained(pico_llama), runtime(convert_to(pico_llama, "fp32").path)
+    ids = tuple(IDS.flatten().tolist())
+    texts = [Prefixed(ids[:135], (ids[135:140], ids[130:170], ids[136:137])), Prefixed((), (ids[:7], ids[7:12]))]
+    found = np.concatenate(list(opened.next_log_probs(texts, [5, 9])))
+    rows = [torch.tensor([[*text.prefix, *rest]]) for text in texts for rest in text.rests]
+    expected = torch.cat([torch.log_softmax(model(row).logits[:, -1], dim=-1)[:, [5, 9]] for row in rows])
+    np.testing.assert_allclose(found, expected.numpy(), atol=1e-3)
 
 
 @pytest.mark.parametrize("runtime", RUNTIMES)

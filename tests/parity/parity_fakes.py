@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 import numpy as np
 from numpy.typing import ArrayLike
 
-from mka_export.parity.runtimes import LogProbs, Windows
+from mka_export.parity.runtimes import LogProbs, Prefixed, Windows
 
 
 class FakeRuntime:
@@ -35,6 +35,12 @@ class FakeRuntime:
             ]
             with np.errstate(divide="ignore"):
                 yield np.log(np.asarray(rows, dtype=np.float64)).astype(np.float32)
+
+    def next_log_probs(self, texts: Sequence[Prefixed], tokens: Sequence[int]) -> Iterator[LogProbs]:
+        for text in texts:
+            rows = [(*text.prefix, *rest) for rest in text.rests]
+            last = [next(self.log_probs(np.array([row])))[-1] for row in rows]
+            yield np.stack(last)[:, list(tokens)]
 
     def generate(self, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> list[list[int]]:
         return [[0] * max_new_tokens for _ in prompts]

@@ -65,7 +65,7 @@ def make_sheet(
         UnsupportedError: the letters are not four different tokens for this tokenizer.
     """
     letters: tuple[int, ...] | None = None
-    prompts = []
+    prompts: list[Prompt] = []
     for subject in subjects:
         if len(subject.examples) < shots:
             raise UsageError(

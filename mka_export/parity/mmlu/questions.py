@@ -130,7 +130,9 @@ def _csv(path: Path) -> list[Question]:
 
 def _question(where: str, row: list[str]) -> Question:
     if len(row) != 6 or row[5] not in LETTERS or not row[5]:
-        raise SourceError(f"{where}: expected a question, four choices and one letter of {LETTERS}", "Correct the file.")
+        raise SourceError(
+            f"{where}: expected a question, four choices and one letter of {LETTERS}", "Correct the file."
+        )
     return Question(row[0], (row[1], row[2], row[3], row[4]), LETTERS.index(row[5]))
 
 
@@ -154,7 +156,11 @@ def _parquet(folder: Path, split: str) -> list[Question]:
 def _rows(where: str, rows: Iterable[Mapping[str, Any]]) -> Iterator[Question]:
     for n, row in enumerate(rows, 1):
         match row:
-            case {"question": str(question), "choices": [str(a), str(b), str(c), str(d)], "answer": 0 | 1 | 2 | 3 as answer}:
+            case {
+                "question": str(question),
+                "choices": [str(a), str(b), str(c), str(d)],
+                "answer": 0 | 1 | 2 | 3 as answer,
+            }:
                 yield Question(question, (a, b, c, d), int(answer))
             case _:
                 raise SourceError(f"{where}, row {n}: expected question, four choices and answer 0 to 3", REMEDY)
@@ -164,9 +170,7 @@ def _hub() -> dict[str, Table]:
     try:
         import datasets
     except ImportError:
-        raise UsageError(
-            "--mmlu hub needs the package datasets", "Run: pip install 'mka-export[datasets]'"
-        ) from None
+        raise UsageError("--mmlu hub needs the package datasets", "Run: pip install 'mka-export[datasets]'") from None
     tables: dict[str, Table] = {}
     for split, place in (("dev", 0), ("test", 1)):
         try:

@@ -59,8 +59,9 @@ class GenaiRuntime:
             yield out
 
     def next_log_probs(self, texts: Sequence[Prefixed], tokens: Sequence[int]) -> Iterator[LogProbs]:
-        """Yield the log-probabilities (1, tokens) of ``tokens`` right after each text; the generator is taken back
-        to the prefix after each.
+        """Yield the log-probabilities (1, tokens) of ``tokens`` right after each text.
+
+        The generator is taken back to the prefix after each.
         """
         for text in texts:
             generator = self._generator(len(text.prefix) + max(map(len, text.rests)) + 1)

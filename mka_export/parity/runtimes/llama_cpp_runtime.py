@@ -173,7 +173,9 @@ class LlamaCppRuntime:
         """Run texts, each a sequence of its own behind the prefix; return the logits at their ends (texts, vocabulary)."""
         memory, found = llama_cpp.llama_get_memory(self._context), np.empty((len(rests), self.vocab_size), np.float32)
         rows = [
-            _Row(token, prefix + i, n + 1, i == len(rest) - 1) for n, rest in enumerate(rests) for i, token in enumerate(rest)
+            _Row(token, prefix + i, n + 1, i == len(rest) - 1)
+            for n, rest in enumerate(rests)
+            for i, token in enumerate(rest)
         ]
         for n in range(len(rests)):
             llama_cpp.llama_memory_seq_cp(memory, PREFIX, n + 1, -1, -1)
