@@ -15,7 +15,7 @@ from mka_export.parity.mmlu.questions import Subject, load_subjects, sample
 from mka_export.parity.mmlu.subjects import CATEGORIES
 from mka_export.progress import Progress
 
-PROMPT = '''The following are multiple choice questions (with answers) about world religions.
+PROMPT = """The following are multiple choice questions (with answers) about world religions.
 
 In world religions, what is "dev",
 number 0?
@@ -39,7 +39,7 @@ A. 3
 B. 4
 C. 1,5
 D. none of these
-Answer:'''
+Answer:"""
 
 
 def few_tokens(text: str) -> list[int]:
@@ -134,4 +134,5 @@ def test_a_killed_measurement_goes_on_where_it_was(tmp_path: Path, subjects: lis
     found = ask(runtime, sheet, tmp_path, Progress(quiet=True))
     assert len(asked) == 4 and found.shape == (len(sheet.prompts), 4)
     asked.clear()
-    assert (ask(runtime, sheet, tmp_path / "other", Progress(quiet=True)) == found).all()
+    (other := tmp_path / "other").mkdir()
+    assert (ask(runtime, sheet, other, Progress(quiet=True)) == found).all()

@@ -33,7 +33,10 @@ def test_parquet_files_hold_the_same(tmp_path: Path) -> None:
         folder = tmp_path / "parquet" / subject.name
         folder.mkdir(parents=True)
         for split, questions in (("dev", subject.examples), ("test", subject.questions)):
-            rows = [{"question": q.question, "subject": subject.name, "choices": q.choices, "answer": q.answer} for q in questions]
+            rows = [
+                {"question": q.question, "subject": subject.name, "choices": q.choices, "answer": q.answer}
+                for q in questions
+            ]
             half = len(rows) // 2
             for n, part in enumerate((rows[:half], rows[half:])):
                 parquet.write_table(arrow.Table.from_pylist(part), folder / f"{split}-0000{n}-of-00002.parquet")
