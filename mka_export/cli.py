@@ -20,6 +20,7 @@ from mka_export.options import (
     HealOptions,
     LimitOptions,
     MergeOptions,
+    MmluOptions,
     OutputOptions,
     PreviewOptions,
     ServeOptions,
@@ -81,6 +82,7 @@ def main() -> None:
     convert=ConvertOptions,
     texts=TextOptions,
     limits=LimitOptions,
+    mmlu=MmluOptions,
     device=DeviceOptions,
     output=OutputOptions,
     preview=PreviewOptions,
@@ -115,6 +117,7 @@ def merge(model: str, **groups: Any) -> None:
     convert=ConvertOptions,
     texts=TextOptions,
     limits=LimitOptions,
+    mmlu=MmluOptions,
     device=DeviceOptions,
     output=OutputOptions,
     preview=PreviewOptions,
@@ -150,7 +153,7 @@ def compare(model: str, **groups: Any) -> None:
 @main.command(epilog=EPILOG)
 @click.argument("artifact", type=click.Path(path_type=Path))
 @click.option("--against", required=True, help="The model to compare with: as MODEL elsewhere.")
-@options(texts=TextOptions, limits=LimitOptions, device=DeviceOptions, output=OutputOptions)
+@options(texts=TextOptions, mmlu=MmluOptions, limits=LimitOptions, device=DeviceOptions, output=OutputOptions)
 def check(artifact: Path, against: str, **groups: Any) -> None:
     """Measure ARTIFACT, any GGUF file or ONNX folder, against a model."""
     from mka_export.pipeline.check import check as measure

@@ -79,6 +79,20 @@ class TextOptions:
 
 
 @dataclass(frozen=True)
+class MmluOptions:
+    """Which questions the models are asked."""
+
+    mmlu: str | None = option(
+        None,
+        "Ask MMLU's questions too: a folder with its dev and test, CSV or parquet, or hub for the hub's dataset.",
+        type=str,
+    )
+    mmlu_questions: int = option(570, "Questions, drawn evenly from all subjects.", type=click.IntRange(min=1))
+    mmlu_shots: int = option(5, "Answered examples before each question.", type=click.IntRange(0, 5))
+    mmlu_seed: int = option(0, "By which the questions are drawn.", type=click.IntRange(min=0))
+
+
+@dataclass(frozen=True)
 class MergeOptions:
     """How layers are chosen and merged."""
 
@@ -187,6 +201,7 @@ class LimitOptions:
     min_top1: float | None = option(
         None, "Share of positions where both prefer the same token.", type=FiniteRange(0, 1)
     )
+    max_mmlu_drop: float | None = option(None, "Share of MMLU's questions that may be lost.", type=FiniteRange(0, 1))
     conversion_max_ppl_ratio: float | None = option(
         None,
         "Artifact perplexity / that of the checkpoint it was made from.",
@@ -194,6 +209,9 @@ class LimitOptions:
     )
     conversion_max_mean_kl: float | None = option(None, "Mean KL from that checkpoint, nats.", type=FiniteRange(min=0))
     conversion_min_top1: float | None = option(None, "Top-1 agreement with that checkpoint.", type=FiniteRange(0, 1))
+    conversion_max_mmlu_drop: float | None = option(
+        None, "Share of MMLU's questions that may be lost to that checkpoint.", type=FiniteRange(0, 1)
+    )
 
 
 @dataclass(frozen=True)

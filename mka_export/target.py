@@ -31,11 +31,13 @@ class Limits:
         max_ppl_ratio: artifact perplexity / reference perplexity.
         max_mean_kl: mean KL divergence from the reference, in nats per token.
         min_top1: share of positions where both prefer the same next token.
+        max_mmlu_drop: accuracy on MMLU that may be lost, as a share of all questions.
     """
 
     max_ppl_ratio: float | None = None
     max_mean_kl: float | None = None
     min_top1: float | None = None
+    max_mmlu_drop: float | None = None
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ import numpy as np
 from mka_export.parity.metrics import Values
 from mka_export.parity.statistics import bootstrap_means
 
-LN_PPL = "ln_ppl"
+LN_PPL, MMLU = "ln_ppl", "mmlu"
 
 
 def attribution(metric: str, steps: Mapping[str, Values]) -> dict[str, Any]:

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
 from mka_export.parity.comparison import COMPRESSION, CONVERSION, Comparison, Difference
 from mka_export.parity.metrics import ARTIFACT
+from mka_export.parity.mmlu.figures import Change, Mmlu
 from mka_export.parity.statistics import MIN_WINDOWS, Interval
 from mka_export.target import Limits
 
 Outcome = Literal["pass", "fail", "inconclusive"]
 EXIT_CODES: Mapping[Outcome, int] = {"pass": 0, "fail": 3, "inconclusive": 4}
+ONE_LETTER = 0.6  # a share of the answers, from which on a model is said to know one letter
 EXPLODED = 2.0  # a perplexity ratio above which the loss shows in any text
 
 
@@ -22,7 +24,7 @@ class Check:
     """One limit and what came of it.
 
     Attributes:
-        metric: ``ppl_ratio``, ``mean_kl`` or ``top1``.
+        metric: ``ppl_ratio``, ``mean_kl``, ``top1`` or ``mmlu_drop``.
         value: the figure.
         low: lower end of its 95 % interval.
         high: upper end.
@@ -110,7 +112,11 @@ class Verdict:
 
 
 def judge(
-    comparison: Comparison | None, conversion: Limits, compression: Limits, failures: Sequence[str] = ()
+    comparison: Comparison | None,
+    conversion: Limits,
+    compression: Limits,
+    failures: Sequence[str] = (),
+    mmlu: Mmlu | None = None,
 ) -> Verdict:
     """Judge what was measured.
 
@@ -119,6 +125,7 @@ def judge(
         conversion: limits against the checkpoint it was made from.
         compression: limits against the original model.
         failures: hard failures found elsewhere, as sentences: other token ids, a runtime that failed.
+        mmlu: what came of the questions, if any were asked.
     """
     limits = {CONVERSION: conversion, COMPRESSION: compression}
     hard, warnings = list(failures), []
@@ -128,7 +135,10 @@ def judge(
         hard += [f"{kind.capitalize()}: {what}." for what in _broken(difference)]
         blind = _at_chance(comparison, difference)
         checks[kind] = tuple(_checks(kind, difference, limits[kind], skip_ratio=blind))
+        if mmlu is not None and kind in mmlu.comparisons:
+            checks[kind] += tuple(_mmlu_check(kind, mmlu.comparisons[kind]))
         warnings += _warnings(comparison, difference, blind)
+    warnings += _mmlu_warnings(mmlu) if mmlu else []
     outcome = worst(["fail" if hard else "pass", *(check.verdict for group in checks.values() for check in group)])
     return Verdict(outcome, comparison, limits, checks, tuple(hard), tuple(dict.fromkeys(warnings)))
 
@@ -150,6 +160,30 @@ def _checks(kind: str, difference: Difference, limits: Limits, *, skip_ratio: bo
         yield _check("mean_kl", against.format("mean KL divergence"), difference.mean_kl, limits.max_mean_kl, 1)
     if limits.min_top1 is not None:
         yield _check("top1", against.format("top-1 agreement"), difference.top1, limits.min_top1, -1)
+
+
+def _mmlu_check(kind: str, change: Change) -> Iterable[Check]:
+    if change.margin is not None and change.informative:
+        name = f"{kind.capitalize()}: the drop on MMLU from the {change.against} model"
+        check = _check("mmlu_drop", name, change.drop, change.margin, 1)
+        more = f" About {change.questions_for_margin:,} questions would tell." if change.questions_for_margin else ""
+        yield replace(check, reason=check.reason + more) if check.verdict == "inconclusive" else check
+
+
+def _mmlu_warnings(mmlu: Mmlu) -> list[str]:
+    blind = [change for change in mmlu.comparisons.values() if not change.informative]
+    warnings = [
+        f"The {change.against} model answers MMLU no better than chance ({100 * step.accuracy.value:.1f} % of "
+        f"{change.questions} questions), so what is lost on it tells nothing and does not decide."
+        for change in blind
+        for step in mmlu.steps
+        if step.name == change.against
+    ]
+    for step in mmlu.steps:
+        letter, count = max(step.letters.items(), key=lambda item: item[1])
+        if (said := count / sum(step.letters.values())) > ONE_LETTER:
+            warnings.append(f"The {step.name} model answers {letter} to {100 * said:.0f} % of MMLU's questions.")
+    return warnings
 
 
 def _check(metric: str, name: str, interval: Interval, limit: float, sign: int) -> Check:

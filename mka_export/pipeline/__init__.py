@@ -21,6 +21,7 @@ from mka_export.options import (
     HealOptions,
     LimitOptions,
     MergeOptions,
+    MmluOptions,
     OutputOptions,
     PreviewOptions,
     TextOptions,
@@ -42,6 +43,7 @@ def run(
     heal: HealOptions,
     convert: ConvertOptions,
     limits: LimitOptions,
+    mmlu: MmluOptions,
     device: DeviceOptions,
     output: OutputOptions,
     preview: PreviewOptions,
@@ -50,7 +52,7 @@ def run(
     check_merge(merge)
     targets = load_targets(convert, limits)
     check_limit(merge, heal, targets, texts)
-    export = Export(model, merge, heal, targets, texts, device, output, "mka", attribute=convert.attribute)
+    export = Export(model, merge, heal, targets, texts, device, output, "mka", mmlu, attribute=convert.attribute)
 
     def work() -> int:
         if export.auto:
@@ -97,12 +99,13 @@ def convert_only(
     texts: TextOptions,
     convert: ConvertOptions,
     limits: LimitOptions,
+    mmlu: MmluOptions,
     device: DeviceOptions,
     output: OutputOptions,
     preview: PreviewOptions,
 ) -> int:
     """Make every target from a model as it is, and measure each against it; returns the exit code."""
-    rest = (texts, device, output, "export")
+    rest = (texts, device, output, "export", mmlu)
     export = Export(model, None, HealOptions(), load_targets(convert, limits), *rest, attribute=convert.attribute)
     return _carry_out(export, preview, lambda: export.finish(export.make()))
 

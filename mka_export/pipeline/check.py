@@ -8,7 +8,7 @@ from pathlib import Path
 
 from mka_export.errors import UsageError
 from mka_export.hashes import file_sha256, files_in
-from mka_export.options import DeviceOptions, LimitOptions, OutputOptions, TextOptions
+from mka_export.options import DeviceOptions, LimitOptions, MmluOptions, OutputOptions, TextOptions
 from mka_export.parity.runtimes import ONNX_CONFIG
 from mka_export.pipeline.job import PARITY, REPORT, Job
 from mka_export.pipeline.measuring import Measuring, Subject
@@ -47,12 +47,18 @@ class Found:
 
 
 def check(
-    artifact: Path, against: str, texts: TextOptions, limits: LimitOptions, device: DeviceOptions, output: OutputOptions
+    artifact: Path,
+    against: str,
+    texts: TextOptions,
+    mmlu: MmluOptions,
+    limits: LimitOptions,
+    device: DeviceOptions,
+    output: OutputOptions,
 ) -> int:
     """Measure any GGUF file or ONNX folder, whoever made it, against a model; returns the exit code."""
     compression = dataclasses.replace(Limits(max_ppl_ratio=DEFAULT_MAX_PPL_RATIO), **given_limits(limits, ""))
     found = find(artifact, compression)
-    job = Job(against, texts, device, output, f"{found.name}-check")
+    job = Job(against, texts, device, output, f"{found.name}-check", mmlu)
     stage = f"{PARITY}/{found.name}"
     job.spare_the_model(stage)
     job.spare(artifact.resolve(), f"the artifact {artifact}", stage)

@@ -26,12 +26,13 @@ from mka_export.models.outline import Outline
 from mka_export.models.sampling import sampling_bytes
 from mka_export.models.sources import cache_folder
 from mka_export.needs import Need
-from mka_export.options import AUTO, DeviceOptions, HealOptions, MergeOptions, OutputOptions, TextOptions
+from mka_export.options import AUTO, DeviceOptions, HealOptions, MergeOptions, MmluOptions, OutputOptions, TextOptions
 from mka_export.parity.comparison import HEALED, MERGED, QUANTIZED, measure, measuring_bytes
 from mka_export.parity.verdict import judge
+from mka_export.pipeline.asking import MMLU
 from mka_export.pipeline.depth import AutoRatio
 from mka_export.pipeline.forecast import Forecast, left_to_do
-from mka_export.pipeline.job import CALIBRATION, DEPTH, PARITY, REPORT, SAMPLED, Job, stem
+from mka_export.pipeline.job import CALIBRATION, DEPTH, NO_QUESTIONS, PARITY, REPORT, SAMPLED, Job, stem
 from mka_export.pipeline.measured import FACTS, unmeasured
 from mka_export.pipeline.measuring import GGUF_RUNTIME, Measuring, Subject
 from mka_export.pipeline.requests import merge_settings
@@ -68,17 +69,18 @@ class Export(Job):
         device: DeviceOptions,
         output: OutputOptions,
         suffix: str,
+        questions: MmluOptions = NO_QUESTIONS,
         *,
         attribute: bool = False,
     ) -> None:
-        super().__init__(model, texts, device, output, f"{stem(model)}-{suffix}")
+        super().__init__(model, texts, device, output, f"{stem(model)}-{suffix}", questions)
         self.planned, self.healing, self.targets = merge, heal, targets
         if heal.heal != "none":
             self.longest = max(self.longest, heal.heal_tokens)
         self.lineage: dict[str, Checkpoint] = {}  # what was made from the original, in order
         self.auto = AutoRatio(self, merge, targets) if merge and merge.ratio == AUTO else None
         made = [DEPTH, MERGED, HEALED] if merge else [CALIBRATION]
-        self.spare_the_model(SAMPLED, *made, PARITY, QUANTIZED, *(target.name for target in targets))
+        self.spare_the_model(SAMPLED, *made, PARITY, QUANTIZED, MMLU, *(target.name for target in targets))
         self._measuring, self._attribute = Measuring(self), attribute
         self._merge_report: dict[str, Any] | None = None
         self._heal_report: dict[str, Any] | None = None

@@ -25,9 +25,10 @@ from mka_export.models.sources import cache_folder, fetch, resolve
 from mka_export.models.text import Text, sample_prompts
 from mka_export.models.tokenizer import leading_id, load_tokenizer, ordinary_ids, require_rows, text_ids
 from mka_export.needs import size
-from mka_export.options import DeviceOptions, OutputOptions, TextOptions
+from mka_export.options import DeviceOptions, MmluOptions, OutputOptions, TextOptions
 from mka_export.parity.runtimes.torch_runtime import TorchRuntime
 from mka_export.parity.verdict import EXIT_CODES, worst
+from mka_export.pipeline.asking import Asking
 from mka_export.pipeline.forecast import BASE_BYTES, free_memory
 from mka_export.progress import Progress
 from mka_export.report import print_report, valid_report
@@ -42,6 +43,9 @@ PACKAGES = (
 )
 
 
+NO_QUESTIONS = MmluOptions()
+
+
 class Job:
     """One command's work: a model, its texts, and where results go.
 
@@ -49,8 +53,10 @@ class Job:
 
     Args:
         default_out: output folder where ``--out`` is not given.
+        questions: which of MMLU the models are asked.
 
     Attributes:
+        asking: these.
         workspace: the output folder, once it is locked, of a job that has one.
 
     Raises:
@@ -61,7 +67,13 @@ class Job:
     workspace: Workspace
 
     def __init__(
-        self, model: str, texts: TextOptions, device: DeviceOptions, output: OutputOptions, default_out: str | None
+        self,
+        model: str,
+        texts: TextOptions,
+        device: DeviceOptions,
+        output: OutputOptions,
+        default_out: str | None,
+        questions: MmluOptions = NO_QUESTIONS,
     ) -> None:
         self.source = resolve(model, revision=output.revision)
         self.texts, self.device, self.output = texts, device, output
@@ -77,6 +89,7 @@ class Job:
             check_ours(out)
         self.out = out
         self._text = read_texts(texts)
+        self.asking = Asking(self, questions)
         self.longest = texts.calibration_tokens  # of the calibration text that any stage wants
 
     def open(self) -> None:
@@ -93,9 +106,10 @@ class Job:
         self.runner = LayerRunner(self.original, self.device.device)
         tokenizer = load_tokenizer(fetched.path)
         require_rows(tokenizer, self.original)
-        leading = leading_id(tokenizer)
-        self.prompts = [([] if leading is None else [leading]) + text_ids(tokenizer, p) for p in sample_prompts()]
-        self._tokenizer = tokenizer
+        first = leading_id(tokenizer)
+        self.leading = [] if first is None else [first]
+        self.prompts = [self.leading + text_ids(tokenizer, p) for p in sample_prompts()]
+        self.tokenizer = tokenizer
         self.evaluation = self.evaluation_windows(self.texts.windows)
 
     def evaluation_windows(self, count: int) -> Windows:
@@ -104,7 +118,7 @@ class Job:
         Raises:
             MkaError: it is too short.
         """
-        return windows_of(self._text.evaluation, self._tokenizer, count, self.texts.window_tokens)
+        return windows_of(self._text.evaluation, self.tokenizer, count, self.texts.window_tokens)
 
     @property
     def evaluation_text(self) -> str:
@@ -180,7 +194,7 @@ class Job:
             require_disjoint(text, self._text.evaluation)
             self._text = replace(self._text, calibration=text)
         assert self._text.calibration is not None
-        return windows_of(self._text.calibration, self._tokenizer, None, tokens, budget)
+        return windows_of(self._text.calibration, self.tokenizer, None, tokens, budget)
 
     def require_memory(self, nbytes: int, what: str, remedy: str) -> None:
         """Say what ``what`` needs of memory.
@@ -196,7 +210,7 @@ class Job:
     def _sampled(self, count: int, tokens: int) -> Windows:
         """Return windows sampled from the original model: a stage of its own, as long as any stage wants it."""
         most = max(count, self.longest // tokens)
-        leading, first = leading_id(self._tokenizer), ordinary_ids(self._tokenizer)
+        leading, first = leading_id(self.tokenizer), ordinary_ids(self.tokenizer)
 
         def make(folder: Path, pieces: Path) -> None:
             need = sampling_bytes(Outline.of_checkpoint(self.original), tokens)
@@ -204,7 +218,7 @@ class Job:
             path, device = self.original.path, self.runner.device
             made = sample_windows(path, leading, first, most, tokens, device, self.progress)
             np.save(folder / SAMPLED_IDS, made.numpy())
-            text = "\n\n".join(self._tokenizer.batch_decode(made, skip_special_tokens=True))
+            text = "\n\n".join(self.tokenizer.batch_decode(made, skip_special_tokens=True))
             (folder / SAMPLED_TEXT).write_text(text, encoding="utf-8")
 
         inputs = {**self.inputs(self.original), "windows": [most, tokens]}
@@ -245,6 +259,7 @@ class Job:
             "merge": merge,
             "heal": heal,
             "evaluation": self.about_evaluation(),
+            "mmlu": self.asking.describe(),
             "targets": targets,
             "stages": [{"name": s.name, "seconds": s.seconds, "reused": s.reused} for s in stages],
             "peak_memory_bytes": peak * (1 if sys.platform == "darwin" else 1024),

@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from mka_export.models.checkpoint import read_json
-from mka_export.parity.attribution import LN_PPL, attribution
-from mka_export.parity.comparison import Comparison, Run, compare
+from mka_export.parity.attribution import LN_PPL, MMLU, attribution
+from mka_export.parity.comparison import COMPRESSION, CONVERSION, ORIGINAL, Comparison, Run, compare
 from mka_export.parity.metrics import Scores
+from mka_export.parity.mmlu.figures import Asked, Mmlu, compare_answers
 from mka_export.parity.profile import profile
 from mka_export.parity.verdict import judge
 from mka_export.report import with_nulls
@@ -66,31 +67,47 @@ class Measured:
         converted, bytes_per_token = self.facts["converted"], self.facts["bytes_per_token"]
         return compare(self.scores, runs, converted=converted, bytes_per_token=bytes_per_token)
 
-    def judged(self, conversion: Limits, compression: Limits, warnings: Sequence[str] = ()) -> dict[str, Any]:
+    def judged(
+        self,
+        conversion: Limits,
+        compression: Limits,
+        warnings: Sequence[str] = (),
+        asked: Asked | None = None,
+        failures: Sequence[str] = (),
+    ) -> dict[str, Any]:
         """Return the fields of the report's target that follow from what was measured and the limits.
 
         Args:
             conversion, compression: as ``judge`` takes them.
             warnings: what the converter warns of, to come first.
+            asked: what was answered, if questions were asked;
+            failures: and why none could be.
         """
         comparison = self.comparison
-        verdict = judge(comparison, conversion, compression, self.facts["failures"]).to_dict()
+        mmlu = None if asked is None else self._mmlu(asked, conversion, compression)
+        verdict = judge(comparison, conversion, compression, [*self.facts["failures"], *failures], mmlu).to_dict()
         return {
             **{key: self.facts[key] for key in ("runtime", "tokenizer", "samples")},
             **verdict,
-            **self._spread(comparison),
+            **self._spread(comparison, asked),
+            "mmlu": mmlu and mmlu.to_dict(),
             "speed": self.facts["speed"] and {kind: _speed(**each) for kind, each in self.facts["speed"].items()},
             "warnings": [*warnings, *self.facts["oddities"], *verdict["warnings"]],
         }
 
-    def _spread(self, comparison: Comparison | None) -> dict[str, Any]:
+    def _mmlu(self, asked: Asked, conversion: Limits, compression: Limits) -> Mmlu:
+        """Return what answers say of the artifact."""
+        converted = self.facts["converted"]
+        references = {CONVERSION: (converted, conversion.max_mmlu_drop)} if converted is not None else {}
+        return compare_answers(asked, {**references, COMPRESSION: (ORIGINAL, compression.max_mmlu_drop)})
+
+    def _spread(self, comparison: Comparison | None, asked: Asked | None) -> dict[str, Any]:
         """Return where the loss came from and how it is spread: ``attribution`` and ``profile``."""
         if self.scores is None or comparison is None:
             return {"attribution": [], "profile": None}
         nll = {step.name: self.scores.nll[step.name] for step in comparison.steps}
-        found: dict[str, Any] = with_nulls(
-            {"attribution": [attribution(LN_PPL, nll)], "profile": profile(self.scores, comparison)}
-        )
+        causes = [attribution(LN_PPL, nll), *([attribution(MMLU, asked.right)] if asked else [])]
+        found: dict[str, Any] = with_nulls({"attribution": causes, "profile": profile(self.scores, comparison)})
         return found
 
 

@@ -15,6 +15,7 @@ from mka_export.models.outline import Outline
 from mka_export.models.text import sample_prompts, tokenizer_corpus, tokenizer_oddities
 from mka_export.parity.comparison import ORIGINAL, QUANTIZED, Run
 from mka_export.parity.metrics import ARTIFACT, Clock, Scores, score
+from mka_export.parity.mmlu.figures import Asked
 from mka_export.parity.runtimes import RUNTIME_PACKAGES, Runtime, open_runtime
 from mka_export.parity.tokenizer_check import first_difference
 from mka_export.pipeline.job import PARITY, Job, versions
@@ -70,12 +71,25 @@ class Measuring:
                 f"--attribute: the weights of {target.name} cannot be read back into torch, so what rounding lost is not told "
                 "from what the runtime does."
             )
+        asked, failures = self._asked(subject) if measured.scores and self._job.asking.wanted else (None, [])
         return {
             "name": target.name,
             "artifact": {**self._describe(subject), "details": details},
             "budget": None,
-            **measured.judged(target.conversion, target.compression, warnings),
+            **measured.judged(target.conversion, target.compression, warnings, asked, failures),
         }
+
+    def _asked(self, subject: Subject) -> tuple[Asked | None, list[str]]:
+        """Ask an artifact MMLU's questions; returns what came of them, or why it fails."""
+
+        def opened() -> Runtime:
+            return self._open(subject)
+
+        asking = self._job.asking
+        try:
+            return asking.ask(subject.target, opened, subject.files, subject.lineage), []
+        except RuntimeFailure as error:
+            return None, [str(error)]
 
     def _measured(self, subject: Subject) -> Measured:
         job, lineage = self._job, subject.lineage
@@ -101,7 +115,7 @@ class Measuring:
         for reference in references.values():  # before the artifact is in memory too
             reference.run(job.evaluation.ids)
         try:
-            with closing(open_runtime(name, subject.artifact.path, **self._options(name))) as runtime:
+            with closing(self._open(subject)) as runtime:
                 facts["runtime"]["device"] = runtime.device
                 self._compare_tokenizers(runtime, facts)
                 scores = score(job.evaluation.ids, runtime, references, job.progress)
@@ -163,10 +177,13 @@ class Measuring:
         target = subject.target
         return load_converter(target.converter).bits_per_weight(Outline.of_checkpoint(self._job.original), target)
 
-    def _options(self, runtime: str) -> dict[str, Any]:
-        """Return what ``open_runtime`` is told about devices."""
-        device = self._job.device
-        return {"gpu_layers": device.gpu_layers} if runtime == GGUF_RUNTIME else {"device": device.device}
+    def _open(self, subject: Subject) -> Runtime:
+        """Open an artifact in its runtime, on the device that was asked for."""
+        name, device = subject.target.runtime, self._job.device
+        options: dict[str, Any] = (
+            {"gpu_layers": device.gpu_layers} if name == GGUF_RUNTIME else {"device": device.device}
+        )
+        return open_runtime(name, subject.artifact.path, **options)
 
     def _compare_tokenizers(self, runtime: Runtime, facts: dict[str, Any]) -> None:
         reference, corpus = self._job.reference, [*tokenizer_corpus(), self._job.evaluation_text]

@@ -8,7 +8,7 @@ from itertools import groupby
 from typing import Any
 
 from rich import box
-from rich.console import Console
+from rich.console import Console, Group
 from rich.table import Table
 from rich.text import Text
 
@@ -121,6 +121,8 @@ def _print_target(target: Mapping[str, Any], console: Console) -> None:
         console.print(_steps(target["steps"]))
     if target["comparisons"]:
         console.print(_comparisons(target["comparisons"]))
+    if target["mmlu"]:
+        console.print(_mmlu(target["mmlu"], target["comparisons"]))
     if target["samples"]:
         console.print(_samples(target["samples"]))
 
@@ -169,6 +171,33 @@ def _comparisons(comparisons: Mapping[str, Mapping[str, Any]]) -> Table:
     table.add_row("same top token", *(interval(c["top1"], 100, " %") + _judged(c, "top1", "≥", 100) for c in kinds))
     table.add_row("verdict", *(Text(c["verdict"], style=COLOURS[c["verdict"]]) for c in kinds))
     return table
+
+
+def _mmlu(mmlu: Mapping[str, Any], comparisons: Mapping[str, Mapping[str, Any]]) -> Group:
+    """Return what came of the questions: accuracy step by step, and what was gained and lost."""
+    steps = _table("MMLU", "right, 95 % interval", "answers A, B, C, D", "asked in")
+    for step in mmlu["steps"]:
+        right = interval(step["accuracy"], 100, " %") + (" like guessing" if step["at_chance"] else "")
+        steps.add_row(
+            step["name"], right, ", ".join(map(str, step["letters"].values())), f"{step['runtime']}, {step['device']}"
+        )
+    kinds = mmlu["comparisons"]
+    table = _table("MMLU, paired", *(f"{kind} against {c['against']}" for kind, c in kinds.items()))
+    changes = kinds.values()
+    table.add_row(
+        "change of accuracy",
+        *(
+            interval(c["change"], 100, " %") + _judged(comparisons[kind], "mmlu_drop", "drop ≤", 100)
+            for kind, c in kinds.items()
+        ),
+    )
+    table.add_row("questions lost, gained", *(f"{c['lost']}, {c['gained']} of {c['questions']}" for c in changes))
+    table.add_row("McNemar's test, p", *(number(c["p"], 2) for c in changes))
+    table.add_row("same answer", *(f"{number(c['same_answer'], 4, 100)} %" for c in changes))
+    table.add_row("smallest change seen", *(f"{number(c['smallest_seen'], 2, 100)} %" for c in changes))
+    if any(c["questions_for_margin"] for c in changes):
+        table.add_row("questions for the limit", *(str(c["questions_for_margin"] or NONE) for c in changes))
+    return Group(steps, table)
 
 
 def _samples(samples: list[Mapping[str, str]]) -> Table:

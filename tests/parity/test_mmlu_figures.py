@@ -3,16 +3,18 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from mka_export.parity.mmlu.figures import Answers, compare_answers
-from mka_export.parity.mmlu.prompts import Prompt
+from mka_export.parity.mmlu.figures import Answers, Asked, Mmlu, compare_answers
 from mka_export.parity.statistics import paired_change, smallest_seen
 
 COUNT = 200
 
 
-def prompts(count: int = COUNT) -> list[Prompt]:
+def compared(original: np.ndarray, artifact: np.ndarray, margin: float | None = 0.05) -> Mmlu:
+    """Compare answers to questions of three subjects, of which the n-th has the n-th letter, going round."""
     names = ["anatomy", "astronomy", "sociology"]
-    return [Prompt(names[3 * n // count], str(n), (n,), n % 4) for n in range(count)]
+    subjects, truth = zip(*((names[3 * n // COUNT], n % 4) for n in range(COUNT)), strict=True)
+    asked = Asked(subjects, truth, (answers("original", original), answers("artifact", artifact)))
+    return compare_answers(asked, {"compression": ("original", margin)})
 
 
 def answers(name: str, chosen: np.ndarray) -> Answers:
@@ -27,9 +29,7 @@ def test_gains_losses_and_what_follows_are_counted() -> None:
     original[:80] = (truth[:80] + 1) % 4  # 120 right
     artifact[:68] = (truth[:68] + 2) % 4  # 12 gained; another wrong answer is no flip
     artifact[190:] = (truth[190:] + 1) % 4  # 10 lost
-    found = compare_answers(
-        prompts(), [answers("original", original), answers("artifact", artifact)], {"compression": ("original", 0.05)}
-    )
+    found = compared(original, artifact)
     change = found.comparisons["compression"]
     assert [step.accuracy.value for step in found.steps] == [0.6, 0.61]
     assert (change.gained, change.lost, change.questions) == (12, 10, 200)
@@ -46,7 +46,8 @@ def test_gains_losses_and_what_follows_are_counted() -> None:
         ("other", 67, 0, 0),
     ]
     worst = max(found.subjects, key=lambda group: group.lost)
-    assert worst.name == "sociology" and worst.lost == 10
+    assert worst.name == "sociology"
+    assert worst.lost == 10
     assert worst.p == pytest.approx(2 / 2**10)
     assert worst.p < worst.q <= 3 * worst.p
     assert found.steps[0].letters == {letter: int((original == i).sum()) for i, letter in enumerate("ABCD")}
@@ -55,18 +56,16 @@ def test_gains_losses_and_what_follows_are_counted() -> None:
 def test_a_model_that_guesses_says_nothing() -> None:
     always_b = np.ones(COUNT, dtype=int)
     right = np.arange(COUNT) % 4
-    found = compare_answers(
-        prompts(), [answers("original", always_b), answers("artifact", right)], {"compression": ("original", 0.05)}
-    )
-    assert found.steps[0].at_chance and not found.steps[1].at_chance
+    found = compared(always_b, right)
+    assert found.steps[0].at_chance
+    assert not found.steps[1].at_chance
     assert not found.comparisons["compression"].informative
     assert found.steps[0].letters == {"A": 0, "B": COUNT, "C": 0, "D": 0}
 
 
 def test_the_same_answers_leave_an_interval_that_is_not_nothing() -> None:
     right = np.arange(COUNT) % 4
-    pair = [answers("original", right), answers("artifact", right)]
-    change = compare_answers(prompts(), pair, {"compression": ("original", None)}).comparisons["compression"]
+    change = compared(right, right, None).comparisons["compression"]
     assert change.change.low < 0 < change.change.high
     assert (change.p, change.same_answer, change.questions_for_margin) == (1.0, 1.0, None)
     assert 0 < change.smallest_seen < 0.03

@@ -87,7 +87,8 @@ def test_what_a_subjects_prompts_begin_with_is_taken_apart_once(subjects: list[S
     assert together == [prompt.ids for prompt in sheet.prompts]
     assert all(len({rest[0] for rest in group.rests}) > 1 for group in groups)  # no more could be shared
     (alone,) = make_sheet(sample(subjects, 1, 0), 5, pairs, [7], 10_000).groups()
-    assert len(alone.rests) == 1 and len(alone.rests[0]) == 1
+    assert len(alone.rests) == 1
+    assert len(alone.rests[0]) == 1
 
 
 def test_examples_that_do_not_fit_the_context_are_left_out(subjects: list[Subject]) -> None:
@@ -132,7 +133,8 @@ def test_a_killed_measurement_goes_on_where_it_was(tmp_path: Path, subjects: lis
     dies = -1
     asked.clear()
     found = ask(runtime, sheet, tmp_path, Progress(quiet=True))
-    assert len(asked) == 4 and found.shape == (len(sheet.prompts), 4)
+    assert len(asked) == 4
+    assert found.shape == (len(sheet.prompts), 4)
     asked.clear()
     (other := tmp_path / "other").mkdir()
     assert (ask(runtime, sheet, other, Progress(quiet=True)) == found).all()

@@ -23,7 +23,8 @@ def test_the_authors_files_are_read(tmp_path: Path) -> None:
     assert [s.category for s in subjects] == ["STEM", "other", "humanities"]
     assert [len(s.examples) for s in subjects] == [5, 5, 5]
     question, *choices, answer = row("virology", "test", 6)
-    assert subjects[1].questions[6] == Question(question, tuple(choices), 2) and answer == "C"  # type: ignore[arg-type]
+    assert subjects[1].questions[6] == Question(question, tuple(choices), 2)
+    assert answer == "C"
 
 
 def test_parquet_files_hold_the_same(tmp_path: Path) -> None:

@@ -78,6 +78,7 @@ def target() -> dict[str, Any]:
             },
         },
         "speed": {"prompt": 412.0, "generated": 31.5},
+        "mmlu": None,
         "samples": [
             {"prompt": "The [bold]sea[/bold]", "original": " is blue\nand wide", "artifact": " is grey [/nothing]"}
         ],
@@ -113,6 +114,7 @@ def report(target: dict[str, Any]) -> dict[str, Any]:
         },
         "heal": None,
         "evaluation": {"text": "embedded", "sha256": SHA, "windows": 16, "window_tokens": 512, "tokens": 8176},
+        "mmlu": None,
         "targets": [target],
         "stages": [
             {"name": "merged", "seconds": 41.2, "reused": False},

@@ -10,7 +10,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mka_export.parity.mmlu.answers import LogLetters
-from mka_export.parity.mmlu.prompts import Prompt
 from mka_export.parity.mmlu.questions import LETTERS
 from mka_export.parity.mmlu.subjects import CATEGORIES
 from mka_export.parity.statistics import (
@@ -147,21 +146,36 @@ class Mmlu:
         return asdict(self)
 
 
-def compare_answers(
-    prompts: Sequence[Prompt], answers: Sequence[Answers], references: Mapping[str, tuple[str, float | None]]
-) -> Mmlu:
-    """Compare the last of ``answers``, the artifact's, with the others.
+@dataclass(frozen=True)
+class Asked:
+    """What a model and those that were made from it answered to the same questions.
+
+    Attributes:
+        subjects: of each question.
+        truth: its right answer, 0 to 3.
+        answers: of the models, from the original to the artifact.
+    """
+
+    subjects: tuple[str, ...]
+    truth: tuple[int, ...]
+    answers: tuple[Answers, ...]
+
+    @property
+    def right(self) -> dict[str, NDArray[np.float64]]:
+        """1 for each question that a step answers right, else 0."""
+        return {each.name: (each.chosen == np.array(self.truth)).astype(np.float64) for each in self.answers}
+
+
+def compare_answers(asked: Asked, references: Mapping[str, tuple[str, float | None]]) -> Mmlu:
+    """Compare the artifact's answers with those of the models it comes from.
 
     Args:
-        prompts: the questions.
-        answers: of the models, the original's first.
         references: kind of comparison -> the step it is made with, and the drop that is allowed.
     """
-    truth = np.array([prompt.answer for prompt in prompts])
+    truth, subjects, answers = np.array(asked.truth), asked.subjects, asked.answers
     chosen = {each.name: each.chosen for each in answers}
     original, artifact = answers[0].name, answers[-1].name
     steps = {each.name: _step(each, truth) for each in answers}
-    subjects = [prompt.subject for prompt in prompts]
     by_subject = [(name, CATEGORIES[name]) for name in dict.fromkeys(subjects)]
     by_category = [(name, name) for name in dict.fromkeys(CATEGORIES.values())]
     pair = chosen[original] == truth, chosen[artifact] == truth

@@ -81,7 +81,8 @@ class TorchRuntime:
         """
         groups = [(text.prefix, text.rests) for text in texts]
         for states in last_states(self._runner, groups, self._progress or Progress(quiet=True)):
-            yield self._window(states)[:, list(tokens)]
+            for rows in torch.split(states, ROWS):
+                yield self._window(rows)[:, list(tokens)]
 
     def generate(
         self, prompts: Sequence[Sequence[int]], max_new_tokens: int, drafts: Sequence[Sequence[int]] | None = None

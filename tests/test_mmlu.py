@@ -1,0 +1,142 @@
+"""Questions, asked by the command, on a pico model that knows nothing."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner, Result
+from mmlu_data import write_mmlu
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from mka_export.cli import main
+from mka_export.pipeline import measuring
+from mka_export.pipeline.job import Job
+
+SMALL = ["--windows", "6", "--window-tokens", "64", "--calibration-tokens", "1024", "--device", "cpu", "--quiet"]
+ASKED = ["--mmlu-questions", "24", "--mmlu-shots", "1", "--mmlu-seed", "3"]
+
+
+def type_in(*arguments: object) -> Result:
+    return CliRunner().invoke(main, [str(a) for a in arguments])
+
+
+@pytest.fixture(scope="module")
+def model(pico_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return Path(shutil.copytree(pico_llama, tmp_path_factory.mktemp("asked") / "pico"))
+
+
+@pytest.fixture(scope="module")
+def questions(model: Path) -> Path:
+    return write_mmlu(model.parent / "mmlu")
+
+
+@pytest.fixture(scope="module")
+def done(model: Path, questions: Path) -> tuple[Path, Result]:
+    out = model.parent / "out"
+    made = type_in(
+        model, "--ratio", "0.3", "--protect", "1", "--to", "gguf-f16", "--mmlu", questions, *ASKED, "--out", out, *SMALL
+    )
+    return out, made
+
+
+def report(out: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((out / "report.json").read_text())
+    return found
+
+
+@torch.no_grad()
+def test_the_answers_are_those_of_transformers(done: tuple[Path, Result], model: Path) -> None:
+    out, result = done
+    assert result.exit_code in (0, 3, 4), result.output
+    (target,) = report(out)["targets"]
+    about = report(out)["mmlu"]
+    assert (about["questions"], about["subjects"], about["shots"], about["seed"]) == (24, 3, 1, 3)
+    assert [step["name"] for step in target["mmlu"]["steps"]] == ["original", "merged", "artifact"]
+    assert [step["runtime"] for step in target["mmlu"]["steps"]] == ["torch", "torch", "llama.cpp"]
+    for step, folder in zip(target["mmlu"]["steps"], (model, out / "merged"), strict=False):
+        from mka_export.parity.mmlu.prompts import make_sheet
+        from mka_export.parity.mmlu.questions import load_subjects, sample
+
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        sheet = make_sheet(
+            sample(load_subjects(about["source"]), 24, 3),
+            1,
+            lambda t: tokenizer(t)["input_ids"],
+            [],
+            512,  # noqa: B023
+        )
+        asked = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        chosen = [int(asked(torch.tensor([p.ids])).logits[0, -1, list(sheet.letters)].argmax()) for p in sheet.prompts]
+        assert list(step["letters"].values()) == [chosen.count(i) for i in range(4)]
+        right = np.mean([c == p.answer for c, p in zip(chosen, sheet.prompts, strict=True)])
+        assert step["accuracy"]["value"] == pytest.approx(right)
+
+
+def test_conversion_and_compression_are_told_apart(done: tuple[Path, Result]) -> None:
+    out, result = done
+    (target,) = report(out)["targets"]
+    assert {kind: c["against"] for kind, c in target["mmlu"]["comparisons"].items()} == {
+        "conversion": "merged",
+        "compression": "original",
+    }
+    assert target["mmlu"]["comparisons"]["conversion"]["same_answer"] > 0.9
+    assert [group["name"] for group in target["mmlu"]["subjects"]] == [
+        "abstract_algebra",
+        "virology",
+        "world_religions",
+    ]
+    assert [entry["metric"] for entry in target["attribution"]] == ["ln_ppl", "mmlu"]
+    assert "no better than chance" in result.stdout
+    assert "MMLU, paired" in result.stdout
+    metrics = [check["metric"] for c in target["comparisons"].values() for check in c["checks"]]
+    assert "mmlu_drop" not in metrics  # a model that guesses decides nothing
+
+
+def test_asking_again_costs_nothing_and_another_question_costs_only_the_questions(
+    done: tuple[Path, Result], model: Path, questions: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, _ = done
+    opened: list[str] = []
+
+    def counted(name: str, *arguments: Any, **options: Any) -> Any:
+        opened.append(name)
+        return open_runtime(name, *arguments, **options)
+
+    def torch_counted(job: Job, checkpoint: Any) -> Any:
+        opened.append("torch")
+        return runtime(job, checkpoint)
+
+    open_runtime, runtime = measuring.open_runtime, Job.runtime
+    monkeypatch.setattr(measuring, "open_runtime", counted)
+    monkeypatch.setattr(Job, "runtime", torch_counted)
+    command = [model, "--ratio", "0.3", "--protect", "1", "--to", "gguf-f16", "--mmlu", questions, "--out", out, *SMALL]
+    before = report(out)
+    assert type_in(*command, *ASKED, "--max-mmlu-drop", "0.5").exit_code in (0, 3, 4)
+    assert opened == []
+    assert report(out)["targets"][0]["mmlu"]["steps"] == before["targets"][0]["mmlu"]["steps"]
+    assert type_in(*command, *ASKED[:-1], "4").exit_code in (0, 3, 4)
+    assert sorted(opened) == ["llama.cpp", "torch", "torch"]  # the windows are not measured again
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--mmlu", "nowhere"], "--mmlu nowhere is no folder"),
+        (["--mmlu-questions", "31"], "--mmlu-questions 31: there are 30"),
+        (["--mmlu-shots", "6"], "6 is not in the range 0<=x<=5"),
+        (["--max-mmlu-drop", "2"], "2.0 is not in the range 0<=x<=1"),
+    ],
+)
+def test_what_cannot_be_asked_is_said_before_any_work(
+    options: list[str], message: str, model: Path, questions: Path, tmp_path: Path
+) -> None:
+    result = type_in("convert", model, "--to", "gguf-f16", "--mmlu", questions, *options, "--out", tmp_path / "out")
+    assert result.exit_code == 2
+    assert message in " ".join(result.stderr.split())
+    assert not (tmp_path / "out").exists()
