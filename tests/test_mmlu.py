@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,12 @@ import pytest
 import torch
 from click.testing import CliRunner, Result
 from mmlu_data import write_mmlu
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM
 
 from mka_export.cli import main
+from mka_export.models.tokenizer import load_tokenizer, text_ids
+from mka_export.parity.mmlu.prompts import make_sheet
+from mka_export.parity.mmlu.questions import load_subjects, sample
 from mka_export.pipeline import measuring
 from mka_export.pipeline.job import Job
 
@@ -60,16 +64,12 @@ def test_the_answers_are_those_of_transformers(done: tuple[Path, Result], model:
     assert [step["name"] for step in target["mmlu"]["steps"]] == ["original", "merged", "artifact"]
     assert [step["runtime"] for step in target["mmlu"]["steps"]] == ["torch", "torch", "llama.cpp"]
     for step, folder in zip(target["mmlu"]["steps"], (model, out / "merged"), strict=False):
-        from mka_export.parity.mmlu.prompts import make_sheet
-        from mka_export.parity.mmlu.questions import load_subjects, sample
-
-        tokenizer = AutoTokenizer.from_pretrained(folder)
         sheet = make_sheet(
             sample(load_subjects(about["source"]), 24, 3),
             1,
-            lambda t: tokenizer(t)["input_ids"],
+            partial(text_ids, load_tokenizer(folder)),
             [],
-            512,  # noqa: B023
+            512,
         )
         asked = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
         chosen = [int(asked(torch.tensor([p.ids])).logits[0, -1, list(sheet.letters)].argmax()) for p in sheet.prompts]
