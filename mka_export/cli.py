@@ -142,7 +142,7 @@ def similarity(model: str, **groups: Any) -> None:
 
 @main.command()
 @click.argument("model")
-@options(chosen=CompareOptions, texts=TextOptions, device=DeviceOptions, output=OutputOptions)
+@options(chosen=CompareOptions, texts=TextOptions, mmlu=MmluOptions, device=DeviceOptions, output=OutputOptions)
 def compare(model: str, **groups: Any) -> None:
     """Merge MODEL by every method at several ratios, and measure all on the same tokens; prints a table."""
     from mka_export.pipeline.compare import compare as side_by_side

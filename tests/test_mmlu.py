@@ -55,6 +55,15 @@ def report(out: Path) -> dict[str, Any]:
 
 
 @torch.no_grad()
+def answers(asked: torch.nn.Module, folder: Path, source: str) -> tuple[list[int], float]:
+    """Return what a model of transformers answers, a question at a time, and the share that is right."""
+    tokenize = partial(text_ids, load_tokenizer(folder))
+    sheet = make_sheet(sample(load_subjects(source), 24, 3), 1, tokenize, [], 512)
+    logits = (asked(torch.tensor([prompt.ids])).logits[0, -1, list(sheet.letters)] for prompt in sheet.prompts)
+    chosen = [int(each.argmax()) for each in logits]
+    return chosen, float(np.mean([c == p.answer for c, p in zip(chosen, sheet.prompts, strict=True)]))
+
+
 def test_the_answers_are_those_of_transformers(done: tuple[Path, Result], model: Path) -> None:
     out, result = done
     assert result.exit_code in (0, 3, 4), result.output
@@ -64,17 +73,9 @@ def test_the_answers_are_those_of_transformers(done: tuple[Path, Result], model:
     assert [step["name"] for step in target["mmlu"]["steps"]] == ["original", "merged", "artifact"]
     assert [step["runtime"] for step in target["mmlu"]["steps"]] == ["torch", "torch", "llama.cpp"]
     for step, folder in zip(target["mmlu"]["steps"], (model, out / "merged"), strict=False):
-        sheet = make_sheet(
-            sample(load_subjects(about["source"]), 24, 3),
-            1,
-            partial(text_ids, load_tokenizer(folder)),
-            [],
-            512,
-        )
         asked = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-        chosen = [int(asked(torch.tensor([p.ids])).logits[0, -1, list(sheet.letters)].argmax()) for p in sheet.prompts]
+        chosen, right = answers(asked, folder, about["source"])
         assert list(step["letters"].values()) == [chosen.count(i) for i in range(4)]
-        right = np.mean([c == p.answer for c, p in zip(chosen, sheet.prompts, strict=True)])
         assert step["accuracy"]["value"] == pytest.approx(right)
 
 
@@ -140,3 +141,21 @@ def test_what_cannot_be_asked_is_said_before_any_work(
     assert result.exit_code == 2
     assert message in " ".join(result.stderr.split())
     assert not (tmp_path / "out").exists()
+
+
+def test_methods_are_compared_by_it_too(model: Path, questions: Path, tmp_path: Path) -> None:
+    chosen = ["--methods", "mka,tail", "--ratios", "0.33", "--protect", "1"]
+    result = type_in("compare", model, *chosen, "--mmlu", questions, *ASKED, "--out", tmp_path / "out", *SMALL)
+    assert result.exit_code == 0, result.output
+    assert "Asked       24 questions of MMLU, 1-shot" in result.stdout
+    found = json.loads((tmp_path / "out" / "comparison.json").read_text())
+    whole = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    assert found["original"]["mmlu"]["accuracy"]["value"] == answers(whole, model, str(questions))[1]
+    whole.model.layers = whole.model.layers[:4]  # what tail leaves of six
+    tail = next(row["mmlu"] for row in found["results"] if row["name"] == "tail")
+    assert tail["accuracy"]["value"] == answers(whole, model, str(questions))[1]
+    for row in found["results"]:
+        change = row["mmlu"]["accuracy"]["value"] - found["original"]["mmlu"]["accuracy"]["value"]
+        assert row["mmlu"]["change"]["value"] == pytest.approx(change)
+        assert row["mmlu"]["change"]["low"] < change < row["mmlu"]["change"]["high"]
+    assert "right answers to MMLU" in (tmp_path / "out" / "comparison.svg").read_text()

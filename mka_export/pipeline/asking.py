@@ -116,6 +116,11 @@ class Asking:
         prompts = self.sheet.prompts
         return Asked(tuple(p.subject for p in prompts), tuple(p.answer for p in prompts), tuple(answers))
 
+    def chosen(self, runtime: Runtime) -> list[int]:
+        """Return what a model answers, 0 to 3, without keeping it."""
+        letters = np.concatenate(list(runtime.next_log_probs(self.sheet.groups(), self.sheet.letters)))
+        return [int(answer) for answer in letters.argmax(axis=1)]
+
     def original(self) -> Answers:
         """Ask the original, in torch."""
         return self.checkpoint(ORIGINAL, self._job.original)

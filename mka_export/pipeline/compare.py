@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from mka_export.errors import UsageError, unknown_name
 from mka_export.inputs import CALIBRATION_WINDOW
@@ -24,11 +25,14 @@ from mka_export.options import (
     CompareOptions,
     DeviceOptions,
     MergeOptions,
+    MmluOptions,
     OutputOptions,
     TextOptions,
 )
 from mka_export.parity.comparison import ORIGINAL
-from mka_export.parity.statistics import bootstrap_means, perplexity
+from mka_export.parity.mmlu.questions import LETTERS
+from mka_export.parity.statistics import at_chance, bootstrap_means, paired_change, perplexity, share
+from mka_export.pipeline.asking import MMLU
 from mka_export.pipeline.job import PACKAGES, SAMPLED, Job, stem, versions
 from mka_export.pipeline.requests import check_merge, merge_settings
 from mka_export.pipeline.trials import Means, Trial, Trials
@@ -71,10 +75,15 @@ ALL = [
 
 
 def compare(
-    model: str, chosen: CompareOptions, texts: TextOptions, device: DeviceOptions, output: OutputOptions
+    model: str,
+    chosen: CompareOptions,
+    texts: TextOptions,
+    mmlu: MmluOptions,
+    device: DeviceOptions,
+    output: OutputOptions,
 ) -> int:
     """Merge a model by several methods, several ratios each, and measure all in torch; prints table or JSON."""
-    return Compare(model, chosen, texts, device, output).carry_out()
+    return Compare(model, chosen, texts, mmlu, device, output).carry_out()
 
 
 class Compare(Job):
@@ -85,7 +94,13 @@ class Compare(Job):
     """
 
     def __init__(
-        self, model: str, chosen: CompareOptions, texts: TextOptions, device: DeviceOptions, output: OutputOptions
+        self,
+        model: str,
+        chosen: CompareOptions,
+        texts: TextOptions,
+        mmlu: MmluOptions,
+        device: DeviceOptions,
+        output: OutputOptions,
     ) -> None:
         self.contestants, self.ratios = _contestants(chosen.methods), _ratios(chosen.ratios)
         for one in self.contestants:
@@ -93,8 +108,8 @@ class Compare(Job):
         if chosen.measure not in MEASURES:
             raise UsageError(unknown_name("--measure", chosen.measure, MEASURES))
         self.chosen = chosen
-        super().__init__(model, texts, device, output, f"{stem(model)}-compare")
-        self.spare_the_model(SAMPLED, ORIGINAL, *(one.name for one in self.contestants))
+        super().__init__(model, texts, device, output, f"{stem(model)}-compare", mmlu)
+        self.spare_the_model(SAMPLED, MMLU, ORIGINAL, *(one.name for one in self.contestants))
 
     def carry_out(self) -> int:
         """Do all of it; returns the exit code."""
@@ -105,6 +120,7 @@ class Compare(Job):
             self._check_room([settings for _, several in planned for settings in several])
             self._trials = Trials(self, self.evaluation.ids, divergence=True)
             original = self._trials.original(ORIGINAL)
+            self._original_chosen = self.asking.original().chosen if self.asking.wanted else None
             rows = [row for one, several in planned for row in self._method(one, several)]
             self._trials.end()
             found = self._summary(original, rows)
@@ -167,14 +183,37 @@ class Compare(Job):
                 },
                 "calibration": self.calibration.describe(),
                 "evaluation": self.about_evaluation(),
-                "original": {"perplexity": value, "perplexity_se": error, "bits_per_byte": original.mean() / bits},
+                "mmlu": self.asking.describe(),
+                "original": {
+                    "perplexity": value,
+                    "perplexity_se": error,
+                    "bits_per_byte": original.mean() / bits,
+                    "mmlu": self._known(self._original_chosen),
+                },
                 "against": OURS,
                 "results": [
-                    _figures(row, original, None if row.name == OURS else ours.get(row.layers), bits) for row in rows
+                    {
+                        **_figures(row, original, None if row.name == OURS else ours.get(row.layers), bits),
+                        "mmlu": self._known(np.array(row.trial.chosen)),
+                    }
+                    for row in rows
                 ],
             }
         )
         return found
+
+    def _known(self, chosen: NDArray[np.intp] | None) -> dict[str, Any] | None:
+        """Return accuracy on the questions, and its change from the original's, paired; None where none were asked."""
+        if self._original_chosen is None or chosen is None or not len(chosen):
+            return None
+        truth = np.array([prompt.answer for prompt in self.asking.sheet.prompts])
+        before, after = self._original_chosen == truth, chosen == truth
+        right, gained, lost = (int(mask.sum()) for mask in (after, after & ~before, before & ~after))
+        return {
+            "accuracy": dataclasses.asdict(share(right, len(truth))),
+            "change": dataclasses.asdict(paired_change(gained, lost, len(truth))),
+            "at_chance": at_chance(right, len(truth), len(LETTERS)),
+        }
 
 
 def _figures(row: Row, original: Means, ours: Means | None, bits: float) -> dict[str, Any]:

@@ -41,6 +41,7 @@ class Trial:
         error: why so many layers cannot be merged so; None where they can.
         nll, kl, top1: of the merged checkpoint, in torch: loss, divergence from the original in nats, and share of tokens
             with the same most likely next. The last two are empty unless they were asked for, all where it failed.
+        chosen: its answers to the job's questions, 0 to 3; empty where none are asked.
         seconds: that choosing and fusing took, those of earlier runs included.
         peak_memory_bytes: of anonymous memory that they took.
     """
@@ -50,6 +51,7 @@ class Trial:
     nll: Means
     kl: Means
     top1: Means
+    chosen: list[int]
     seconds: float
     peak_memory_bytes: int
 
@@ -93,8 +95,9 @@ class Trials:
         """
         job, layers = self._job, self._job.original.num_layers - settings.remove
         merge = dataclasses.asdict(settings)
-        inputs = {**self._inputs, "calibration": job.calibration.sha256, "merge": merge}
-        shared = {**inputs, "merge": {**merge, "remove": None}}
+        merged = {**self._inputs, "calibration": job.calibration.sha256, "merge": merge}
+        shared = {**merged, "merge": {**merge, "remove": None}}
+        inputs = {**merged, "questions": job.asking.sha256 if job.asking.wanted else None}
 
         def make(stage: Path, pieces: Path) -> None:
             try:
@@ -107,7 +110,7 @@ class Trials:
         found = read_json(path / RESULT)
         nll, kl, top1 = (_array(found, key) for key in ("nll", "kl", "top1"))
         cost = found.get("seconds", 0.0), found.get("peak_memory_bytes", 0)
-        return Trial(path / PLAN, found.get("error"), nll, kl, top1, *cost)
+        return Trial(path / PLAN, found.get("error"), nll, kl, top1, found.get("chosen", []), *cost)
 
     def _try(self, settings: Settings, folder: Path, pieces: Path) -> dict[str, Any]:
         """Merge, measure, and leave only the plan in ``folder``.
@@ -123,11 +126,13 @@ class Trials:
                     job.runner, text.ids, text.describe(), settings, merged, pieces, states, job.progress
                 )
             references = {ORIGINAL: job.reference} if self._divergence else {}
-            scores = score(self._windows, job.runtime(Checkpoint.open(merged)), references, job.progress)
+            made = job.runtime(Checkpoint.open(merged))
+            scores = score(self._windows, made, references, job.progress)
+            asked = {"chosen": job.asking.chosen(made)} if self._divergence and job.asking.wanted else {}
         finally:
             shutil.rmtree(merged)
         write_json(folder / PLAN, plan.to_dict())
-        return {"seconds": round(seconds, 2), "peak_memory_bytes": peak.nbytes, **_means(scores)}
+        return {"seconds": round(seconds, 2), "peak_memory_bytes": peak.nbytes, **_means(scores), **asked}
 
     @cached_property
     def _states(self) -> Path:

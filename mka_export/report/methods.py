@@ -18,6 +18,7 @@ PANELS = {  # figure -> title, scale
     "ppl_ratio": ("perplexity / original's", "log"),
     "bits_per_byte": ("bits a byte", "linear"),
     "mean_kl": ("mean KL from the original, nats", "log"),
+    "mmlu": ("right answers to MMLU", "linear"),  # where it was asked
 }
 MARKERS = "osD^vP*X<>"
 WIDTH = 150  # of the table where stdout is no terminal
@@ -44,6 +45,8 @@ def _about(found: Found) -> Iterator[str]:
     model, evaluation, calibration = found["model"], found["evaluation"], found["calibration"]
     yield f"Model       {model['name']} ({model['source']['kind']} {model['source']['id']}): {model['layers']} layers"
     yield f"Calibrated  on {calibration['tokens']:,} tokens of {text_source(calibration['source'])}"
+    if mmlu := found["mmlu"]:
+        yield f"Asked       {mmlu['questions']} questions of MMLU, {mmlu['shots']}-shot, from {mmlu['source']}"
     yield (
         f"Measured    in torch on {evaluation['windows']} windows of {evaluation['window_tokens']} tokens of "
         f"{text_source(evaluation['text'])}; 95 % intervals, paired over windows"
@@ -60,6 +63,7 @@ def _table(found: Found) -> Table:
         f"to {found['against']}'s",
         "mean KL",
         "bits a byte",
+        *(["MMLU"] if found["mmlu"] else []),
         "seconds",
         "GB",
     )
@@ -71,6 +75,7 @@ def _table(found: Found) -> Table:
         _with_error(original),
         *[""] * 3,
         number(original["bits_per_byte"]),
+        *_known(original),
     ]
     table.add_row(*first, end_section=True)
     rows = sorted(found["results"], key=lambda row: -row["layers"])
@@ -84,7 +89,7 @@ def _table(found: Found) -> Table:
 
 def _cells(row: Mapping[str, Any]) -> list[str]:
     if "error" in row:
-        return [NONE] * 7
+        return [NONE]
     against = row["ppl_against"]
     return [
         _with_error(row),
@@ -92,9 +97,17 @@ def _cells(row: Mapping[str, Any]) -> list[str]:
         interval(against).plain if against else "",
         number(row["mean_kl"]["value"], 3),
         number(row["bits_per_byte"]),
+        *_known(row),
         number(row["seconds"], 3),
         number(row["peak_memory_bytes"], 3, 1e-9),
     ]
+
+
+def _known(row: Mapping[str, Any]) -> list[str]:
+    """Return the cell for MMLU, where it was asked."""
+    if (mmlu := row["mmlu"]) is None:
+        return []
+    return [interval(mmlu["accuracy"], 100, " %").plain + (", guessing" if mmlu["at_chance"] else "")]
 
 
 def _with_error(row: Mapping[str, Any]) -> str:
@@ -108,10 +121,11 @@ def draw_methods(found: Found, paths: Sequence[Path]) -> None:
     from matplotlib.figure import Figure
     from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
-    figure = Figure(figsize=(15, 5.6), layout="constrained", dpi=110)
+    panels = {key: about for key, about in PANELS.items() if key != "mmlu" or found["mmlu"]}
+    figure = Figure(figsize=(5 * len(panels), 5.6), layout="constrained", dpi=110)
     FigureCanvasAgg(figure)
     names = list(dict.fromkeys(row["name"] for row in found["results"]))
-    for axes, (key, (title, scale)) in zip(figure.subplots(1, len(PANELS)), PANELS.items(), strict=True):
+    for axes, (key, (title, scale)) in zip(figure.subplots(1, len(panels)), panels.items(), strict=True):
         for number_, name in enumerate(names):
             points = list(_points(found, name, key))
             if points:
@@ -129,6 +143,9 @@ def draw_methods(found: Found, paths: Sequence[Path]) -> None:
         axes.grid(visible=True, which="both", alpha=0.25)
     figure.axes[0].axhline(1.0, color="grey", linewidth=0.8)
     figure.axes[1].axhline(found["original"]["bits_per_byte"], color="grey", linewidth=0.8)
+    if found["mmlu"]:
+        figure.axes[3].axhline(found["original"]["mmlu"]["accuracy"]["value"], color="grey", linewidth=0.8)
+        figure.axes[3].axhline(0.25, color="grey", linewidth=0.8, linestyle=":")  # guessing
     figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=min(5, len(names)))
     figure.suptitle(f"{found['model']['name']}: methods on the same tokens, with 95 % intervals")
     with mpl.rc_context({"svg.hashsalt": "mka-export"}):  # else ids of elements are random
@@ -141,7 +158,8 @@ def _points(found: Found, name: str, key: str) -> Iterator[tuple[int, float, flo
     """Yield layers, value, and how far its interval reaches down and up, of a method's results."""
     for row in found["results"]:
         if row["name"] == name and "error" not in row:
-            figure = row[key] if isinstance(row[key], Mapping) else {"value": row[key], "low": None, "high": None}
+            given = row[key]["accuracy"] if key == "mmlu" else row[key]
+            figure = given if isinstance(given, Mapping) else {"value": given, "low": None, "high": None}
             value = figure["value"]
             if value is not None:
                 low, high = (value if figure[end] is None else figure[end] for end in ("low", "high"))
