@@ -7,7 +7,8 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from mka_export.models.runner import BATCH_TOKENS, LayerRunner
+from mka_export.models.outline import Outline
+from mka_export.models.runner import BATCH_TOKENS, LayerRunner, layer_pass_bytes
 from mka_export.progress import Progress
 
 STATE_BYTES = 1 << 30  # of states in memory at a time; a layer's weights are read once for as many texts
@@ -16,23 +17,35 @@ Group = tuple[Sequence[int], Sequence[Sequence[int]]]  # what the texts begin wi
 
 
 def last_states(runner: LayerRunner, groups: Sequence[Group], progress: Progress) -> Iterator[Tensor]:
-    """Yield, group by group, the states (texts, hidden) of each text's last token after the last layer.
+    """Yield the states (texts, hidden) of each text's last token after the last layer: in order, some texts at a time.
 
-    How the texts of a group go on is padded on the right, to the longest of a batch of similar lengths: a causal model
+    A group that is too large for memory is cut, and what its texts begin with goes through once for each part. How the texts of a group go on is padded on the right, to the longest of a batch of similar lengths: a causal model
     does not see it.
     """
-    most = STATE_BYTES // (4 * runner.checkpoint.hidden_size)
-    part: list[Group] = []
-    for group in groups:
-        if part and sum(map(_tokens, [*part, group])) > most:
-            yield from _run(runner, part, progress)
-            part = []
-        part.append(group)
-    yield from _run(runner, part, progress)
+    for parts in _as_memory_allows(groups, STATE_BYTES // (4 * runner.checkpoint.hidden_size)):
+        yield from _run(runner, parts, progress)
 
 
-def _tokens(group: Group) -> int:
-    return len(group[0]) + sum(map(len, group[1]))
+def pass_bytes(model: Outline) -> int:
+    """Return the memory that ``last_states`` takes at most, but for a prefix of more than ``BATCH_TOKENS`` tokens."""
+    return STATE_BYTES + layer_pass_bytes(model)
+
+
+def _as_memory_allows(groups: Sequence[Group], most: int) -> Iterator[list[Group]]:
+    """Cut groups into parts, and yield as many at a time as have ``most`` tokens together; no part has fewer than a text."""
+    parts: list[Group] = []
+    tokens = 0
+    for prefix, rests in groups:
+        own: list[Sequence[int]] = []
+        for rest in rests:
+            wanted = len(rest) + (0 if own else len(prefix))
+            if tokens and tokens + wanted > most:
+                yield [*parts, (prefix, own)] if own else parts
+                parts, own, tokens, wanted = [], [], 0, len(prefix) + len(rest)
+            own.append(rest)
+            tokens += wanted
+        parts.append((prefix, own))
+    yield parts
 
 
 class _States:

@@ -23,6 +23,7 @@ from mka_export.models.checkpoint import Checkpoint, read_json
 from mka_export.models.expected import expected_outline, fetch_need
 from mka_export.models.gguf_source import unpacked_bytes
 from mka_export.models.outline import Outline
+from mka_export.models.prefixed import pass_bytes
 from mka_export.models.sampling import sampling_bytes
 from mka_export.models.sources import cache_folder
 from mka_export.needs import Need
@@ -158,6 +159,9 @@ class Export(Job):
                 stages[f"{QUANTIZED}/{target.name}"] = Need(
                     scratch=unpacked, memory=measuring_bytes(shallow, 0, *windows)
                 )
+        if self.asking.wanted:
+            largest = max(need.kept for need in stages.values()) if stages else 0
+            stages[MMLU] = Need(memory=max(pass_bytes(model), largest))
         if searches:  # where one layer less goes after all, what was made is replaced
             again = sum(stages[name].kept for name in (MERGED, *(target.name for target in self.targets)))
             stages[MERGED] = dataclasses.replace(stages[MERGED], scratch=stages[MERGED].scratch + again)
