@@ -31,7 +31,7 @@ from mka_export.parity.comparison import HEALED, MERGED, QUANTIZED, measure, mea
 from mka_export.parity.verdict import judge
 from mka_export.pipeline.depth import AutoRatio
 from mka_export.pipeline.forecast import Forecast, left_to_do
-from mka_export.pipeline.job import CALIBRATION, DEPTH, PARITY, REPORT, SAMPLED, Job, stem
+from mka_export.pipeline.job import CALIBRATION, DEPTH, PARITY, REPORT, SAMPLED, Job, show, stem
 from mka_export.pipeline.measured import FACTS, unmeasured
 from mka_export.pipeline.measuring import GGUF_RUNTIME, Measuring, Subject
 from mka_export.pipeline.requests import merge_settings
@@ -84,7 +84,6 @@ class Export(Job):
         self._heal_report: dict[str, Any] | None = None
 
     def __enter__(self) -> Export:
-        assert self.out is not None
         with ExitStack() as stack:
             self.workspace = stack.enter_context(Workspace(self.out, self.progress))
             self.open()
@@ -120,7 +119,6 @@ class Export(Job):
         return {"source": source, **found}
 
     def _forecast(self, model: Outline, cache: Path, fetch: Need) -> Forecast:
-        assert self.out is not None
         stages: dict[str, Need] = {}
         method, layers, tokens = None, model.num_layers, self.texts.calibration_tokens
         searches = self.auto is not None and self.auto.searches
@@ -284,7 +282,7 @@ class Export(Job):
             )
         report = write_report(report, self.workspace.path / REPORT)
         self.write_manifest()
-        return self.show(report)
+        return show(report, as_json=self.output.json)
 
     def _target(self, checkpoint: Checkpoint, target: Target) -> dict[str, Any]:
         merged = checkpoint is not self.original

@@ -113,6 +113,7 @@ def report(target: dict[str, Any]) -> dict[str, Any]:
         },
         "heal": None,
         "evaluation": {"text": "embedded", "sha256": SHA, "windows": 16, "window_tokens": 512, "tokens": 8176},
+        "shard": None,
         "targets": [target],
         "stages": [
             {"name": "merged", "seconds": 41.2, "reused": False},
