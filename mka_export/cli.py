@@ -14,6 +14,7 @@ from mka_export import __version__
 from mka_export.errors import MkaError, out_of_memory, printable
 from mka_export.interrupt import obeyed
 from mka_export.options import (
+    CheckOptions,
     CompareOptions,
     ConvertOptions,
     DeviceOptions,
@@ -153,12 +154,34 @@ def compare(model: str, **groups: Any) -> None:
 @main.command(epilog=EPILOG)
 @click.argument("artifact", type=click.Path(path_type=Path))
 @click.option("--against", required=True, help="The model to compare with: as MODEL elsewhere.")
-@options(texts=TextOptions, mmlu=MmluOptions, limits=LimitOptions, device=DeviceOptions, output=OutputOptions)
+@options(
+    checked=CheckOptions,
+    texts=TextOptions,
+    mmlu=MmluOptions,
+    limits=LimitOptions,
+    device=DeviceOptions,
+    output=OutputOptions,
+)
 def check(artifact: Path, against: str, **groups: Any) -> None:
     """Measure ARTIFACT, any GGUF file or ONNX folder, against a model."""
     from mka_export.pipeline.check import check as measure
 
     sys.exit(measure(artifact, against, **groups))
+
+
+@main.command(epilog=EPILOG)
+@click.argument("folders", metavar="OUT...", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.option("--merge", is_flag=True, help="Join the shards of one check, one in each OUT, into --out.")
+@click.option("--out", type=click.Path(path_type=Path), help="With --merge: output folder.")
+@click.option("--json", "as_json", is_flag=True, help="Print the report as JSON on stdout.")
+@click.option("--quiet", is_flag=True, help="No progress on stderr.")
+def report(folders: tuple[Path, ...], merge: bool, out: Path | None, as_json: bool, quiet: bool) -> None:
+    """Write the reports in output folder OUT anew, from what was measured."""
+    from mka_export.pipeline.reports import join, renew
+
+    if merge:
+        sys.exit(join(folders, out, as_json=as_json, quiet=quiet))
+    sys.exit(renew(folders, out, as_json=as_json, quiet=quiet))
 
 
 @main.command()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+import re
 from collections.abc import Callable
 from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
@@ -55,6 +56,40 @@ class Size(click.types.IntParamType):
             return parse_size(str(value))
         except ValueError as error:
             self.fail(f"{error}.", param, ctx)
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One part of work that is shared out.
+
+    Attributes:
+        index: which, from 1.
+        count: of how many.
+    """
+
+    index: int
+    count: int
+
+    def __str__(self) -> str:
+        return f"{self.index}/{self.count}"
+
+    @property
+    def own(self) -> slice:
+        """Which items of a list are its own: every ``count``-th."""
+        return slice(self.index - 1, None, self.count)
+
+
+class ShardType(click.types.StringParamType):
+    """One part of several: 3/8."""
+
+    name = "part/parts"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """Turn what was typed into a shard."""
+        found = re.fullmatch(r"(\d{1,6})/(\d{1,6})", str(value))
+        if not found or not 1 <= int(found[1]) <= int(found[2]):
+            self.fail(f"{value!r} is no part of several, as 3/8 is.", param, ctx)
+        return Shard(int(found[1]), int(found[2]))
 
 
 def option(default: Any, help: str, **click_arguments: Any) -> Any:
@@ -211,6 +246,17 @@ class LimitOptions:
     conversion_min_top1: float | None = option(None, "Top-1 agreement with that checkpoint.", type=FiniteRange(0, 1))
     conversion_max_mmlu_drop: float | None = option(
         None, "Share of MMLU's questions that may be lost to that checkpoint.", type=FiniteRange(0, 1)
+    )
+
+
+@dataclass(frozen=True)
+class CheckOptions:
+    """Which part of a check is made here."""
+
+    shard: Shard | None = option(
+        None,
+        "Measure one part of several, on several machines: 3/8 is the third of eight. 'mka-export report --merge' joins them.",
+        type=ShardType(),
     )
 
 

@@ -250,6 +250,19 @@ def _seal(path: Path) -> Path:
     return path.with_name(f"{path.name}.seal")
 
 
+def published(folder: Path, name: str) -> Stage:
+    """Return the stage ``name`` of an output folder, whatever it was made from.
+
+    Raises:
+        WorkspaceError: it is not there as it was made.
+    """
+    record = read_record(folder / name)
+    stage, why = _existing(folder / name, name, record["inputs"] if record else {})
+    if stage is None:
+        raise WorkspaceError(f"{folder / name} cannot be used: {why}", "Run the command that made it again.")
+    return stage
+
+
 def read_record(path: Path) -> dict[str, Any] | None:
     """Return the record of the stage in folder ``path``, or None if it has none that is whole."""
     try:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -74,6 +74,27 @@ class Scores:
             groups.setdefault(kind, {})[step] = array
         divergence = {name: Divergence(kl, groups["top"][name]) for name, kl in groups["kl"].items()}
         return cls(groups["nll"], divergence)
+
+    @classmethod
+    def join(cls, parts: Sequence[Scores]) -> Scores:
+        """Return the scores of all windows, of which each part has every so-many-th, the first part the first."""
+        first = parts[0]
+        nll = {name: _woven([part.nll[name] for part in parts]) for name in first.nll}
+        divergence = {
+            name: Divergence(
+                _woven([part.divergence[name].kl for part in parts]),
+                _woven([part.divergence[name].same_top for part in parts]),
+            )
+            for name in first.divergence
+        }
+        return cls(nll, divergence)
+
+
+def _woven(parts: Sequence[Values]) -> Values:
+    rows: Values = np.empty((sum(map(len, parts)), *parts[0].shape[1:]))
+    for start, part in enumerate(parts):
+        rows[start :: len(parts)] = part
+    return rows
 
 
 def score(

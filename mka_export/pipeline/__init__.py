@@ -157,7 +157,6 @@ def similarity(
     chosen = list(dict.fromkeys(measures or MEASURES))
     job = Job(model, texts, device, output, f"{stem(model)}-similarity")
     job.spare_the_model(SAMPLED, SIMILARITIES)
-    assert job.out is not None
     with Workspace(job.out, job.progress) as job.workspace:
         job.open()
         windows = job.calibration

@@ -8,9 +8,9 @@ from pathlib import Path
 
 from mka_export.errors import UsageError
 from mka_export.hashes import file_sha256, files_in
-from mka_export.options import DeviceOptions, LimitOptions, MmluOptions, OutputOptions, TextOptions
+from mka_export.options import CheckOptions, DeviceOptions, LimitOptions, MmluOptions, OutputOptions, TextOptions
 from mka_export.parity.runtimes import ONNX_CONFIG
-from mka_export.pipeline.job import PARITY, REPORT, Job
+from mka_export.pipeline.job import PARITY, REPORT, Job, show
 from mka_export.pipeline.measuring import Measuring, Subject
 from mka_export.pipeline.requests import given_limits
 from mka_export.report import write_report
@@ -49,6 +49,7 @@ class Found:
 def check(
     artifact: Path,
     against: str,
+    checked: CheckOptions,
     texts: TextOptions,
     mmlu: MmluOptions,
     limits: LimitOptions,
@@ -58,17 +59,16 @@ def check(
     """Measure any GGUF file or ONNX folder, whoever made it, against a model; returns the exit code."""
     compression = dataclasses.replace(Limits(max_ppl_ratio=DEFAULT_MAX_PPL_RATIO), **given_limits(limits, ""))
     found = find(artifact, compression)
-    job = Job(against, texts, device, output, f"{found.name}-check", mmlu)
+    job = Job(against, texts, device, output, f"{found.name}-check", mmlu, checked.shard)
     stage = f"{PARITY}/{found.name}"
     job.spare_the_model(stage)
     job.spare(artifact.resolve(), f"the artifact {artifact}", stage)
-    assert job.out is not None
     with Workspace(job.out, job.progress) as job.workspace:
         job.open()
         entry = Measuring(job).entry(found.subject())
         report = write_report(job.report(None, None, [entry], job.workspace.stages), job.workspace.path / REPORT)
         job.workspace.write_manifest(job.about())
-        return job.show(report)
+        return show(report, as_json=output.json)
 
 
 def find(path: Path, compression: Limits) -> Found:

@@ -113,7 +113,6 @@ class Compare(Job):
 
     def carry_out(self) -> int:
         """Do all of it; returns the exit code."""
-        assert self.out is not None
         with Workspace(self.out, self.progress) as self.workspace:
             self.open()
             planned = [(one, list(self._settings(one))) for one in self.contestants]
@@ -151,7 +150,6 @@ class Compare(Job):
                 yield settings
 
     def _check_room(self, planned: Sequence[Settings]) -> None:
-        assert self.out is not None
         outline, tokens = Outline.of_checkpoint(self.original), self.texts.calibration_tokens
         needs = [merge_need(outline, each.remove, each.method, tokens, CALIBRATION_WINDOW) for each in planned]
         there = sum(path.stat().st_size for path in self.out.glob(".*.pieces/**/*") if path.is_file())

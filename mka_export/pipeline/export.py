@@ -33,7 +33,7 @@ from mka_export.parity.verdict import judge
 from mka_export.pipeline.asking import MMLU
 from mka_export.pipeline.depth import AutoRatio
 from mka_export.pipeline.forecast import Forecast, left_to_do
-from mka_export.pipeline.job import CALIBRATION, DEPTH, NO_QUESTIONS, PARITY, REPORT, SAMPLED, Job, stem
+from mka_export.pipeline.job import CALIBRATION, DEPTH, NO_QUESTIONS, PARITY, REPORT, SAMPLED, Job, show, stem
 from mka_export.pipeline.measured import FACTS, unmeasured
 from mka_export.pipeline.measuring import GGUF_RUNTIME, Measuring, Subject
 from mka_export.pipeline.requests import merge_settings
@@ -87,7 +87,6 @@ class Export(Job):
         self._heal_report: dict[str, Any] | None = None
 
     def __enter__(self) -> Export:
-        assert self.out is not None
         with ExitStack() as stack:
             self.workspace = stack.enter_context(Workspace(self.out, self.progress))
             self.open()
@@ -123,7 +122,6 @@ class Export(Job):
         return {"source": source, **found}
 
     def _forecast(self, model: Outline, cache: Path, fetch: Need) -> Forecast:
-        assert self.out is not None
         stages: dict[str, Need] = {}
         method, layers, tokens = None, model.num_layers, self.texts.calibration_tokens
         searches = self.auto is not None and self.auto.searches
@@ -290,7 +288,7 @@ class Export(Job):
             )
         report = write_report(report, self.workspace.path / REPORT)
         self.write_manifest()
-        return self.show(report)
+        return show(report, as_json=self.output.json)
 
     def _target(self, checkpoint: Checkpoint, target: Target) -> dict[str, Any]:
         merged = checkpoint is not self.original

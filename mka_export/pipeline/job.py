@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import resource
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import cached_property
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from rich.console import Console
 
 from mka_export.errors import MkaError, UsageError
@@ -25,13 +26,13 @@ from mka_export.models.sources import cache_folder, fetch, resolve
 from mka_export.models.text import Text, sample_prompts
 from mka_export.models.tokenizer import leading_id, load_tokenizer, ordinary_ids, require_rows, text_ids
 from mka_export.needs import size
-from mka_export.options import DeviceOptions, MmluOptions, OutputOptions, TextOptions
+from mka_export.options import DeviceOptions, MmluOptions, OutputOptions, Shard, TextOptions
 from mka_export.parity.runtimes.torch_runtime import TorchRuntime
 from mka_export.parity.verdict import EXIT_CODES, worst
 from mka_export.pipeline.asking import Asking
 from mka_export.pipeline.forecast import BASE_BYTES, free_memory
 from mka_export.progress import Progress
-from mka_export.report import print_report, valid_report
+from mka_export.report import print_report
 from mka_export.workspace import Stage, Workspace, check_ours
 
 SAMPLED, CALIBRATION, DEPTH, PARITY = "sampled", "calibration", "depth", "parity"  # stages, besides the checkpoints'
@@ -54,6 +55,7 @@ class Job:
     Args:
         default_out: output folder where ``--out`` is not given.
         questions: which of MMLU the models are asked.
+        shard: which part of the evaluation is measured here; None for all.
 
     Attributes:
         asking: these.
@@ -72,22 +74,24 @@ class Job:
         texts: TextOptions,
         device: DeviceOptions,
         output: OutputOptions,
-        default_out: str | None,
+        default_out: str,
         questions: MmluOptions = NO_QUESTIONS,
+        shard: Shard | None = None,
     ) -> None:
         self.source = resolve(model, revision=output.revision)
         self.texts, self.device, self.output = texts, device, output
         self.progress = Progress(quiet=output.quiet)
         pick_device(device.device)
-        out = output.out or (Path(default_out) if default_out else None)
-        if out is not None:
-            model_folder = Path(self.source.id).resolve() if self.source.kind in ("directory", "gguf") else None
-            if model_folder is not None and model_folder in (out.resolve(), *out.resolve().parents):
-                raise UsageError(
-                    f"--out {out} is inside the model {model}, which is never written to", "Choose another --out."
-                )
-            check_ours(out)
-        self.out = out
+        self.out = output.out or Path(default_out)
+        model_folder = Path(self.source.id).resolve() if self.source.kind in ("directory", "gguf") else None
+        if model_folder is not None and model_folder in (self.out.resolve(), *self.out.resolve().parents):
+            raise UsageError(
+                f"--out {self.out} is inside the model {model}, which is never written to", "Choose another --out."
+            )
+        check_ours(self.out)
+        if shard is not None and texts.windows < shard.count:
+            raise UsageError(f"--shard {shard}: there are only {texts.windows} windows", "Give more --windows.")
+        self.shard = shard
         self._text = read_texts(texts)
         self.asking = Asking(self, questions)
         self.longest = texts.calibration_tokens  # of the calibration text that any stage wants
@@ -112,6 +116,16 @@ class Job:
         self.tokenizer = tokenizer
         self.evaluation = self.evaluation_windows(self.texts.windows)
 
+    @property
+    def measured_ids(self) -> NDArray[np.int64]:
+        """The evaluation windows that are measured here: (windows, tokens)."""
+        return self.evaluation.ids[self.own]
+
+    @property
+    def own(self) -> slice:
+        """Which windows, and which of whatever else is shared out, are this job's."""
+        return self.shard.own if self.shard else slice(None)
+
     def evaluation_windows(self, count: int) -> Windows:
         """Cut so many windows, evenly spread, from the evaluation text.
 
@@ -126,7 +140,7 @@ class Job:
         return self._text.evaluation.text
 
     def about_evaluation(self) -> dict[str, Any]:
-        """Return what a model is judged by, for a report; ``tokens`` are those that are predicted."""
+        """Return what a model is judged by, all shards together; ``tokens`` are those that are predicted."""
         windows, tokens = self.evaluation.ids.shape
         return {
             "text": self.evaluation.source,
@@ -155,7 +169,6 @@ class Job:
         Raises:
             UsageError: one would.
         """
-        assert self.out is not None
         for stage in stages:
             folder = (self.out / stage).resolve()
             if folder in (path, *path.parents):
@@ -171,7 +184,8 @@ class Job:
 
     def evaluation_inputs(self) -> dict[str, Any]:
         """Return what a measurement on the evaluation windows depends on, besides the model and the device."""
-        return {"evaluation": [self._text.evaluation.sha256, self.evaluation.sha256]}
+        shard = {"shard": str(self.shard)} if self.shard else {}
+        return {"evaluation": [self._text.evaluation.sha256, self.evaluation.sha256], **shard}
 
     @cached_property
     def calibration(self) -> Windows:
@@ -260,22 +274,23 @@ class Job:
             "heal": heal,
             "evaluation": self.about_evaluation(),
             "mmlu": self.asking.describe(),
+            "shard": asdict(self.shard) if self.shard else None,
             "targets": targets,
             "stages": [{"name": s.name, "seconds": s.seconds, "reused": s.reused} for s in stages],
             "peak_memory_bytes": peak * (1 if sys.platform == "darwin" else 1024),
             "warnings": [],
         }
 
-    def show(self, report: dict[str, Any]) -> int:
-        """Print a report on stdout, as a table or as JSON; returns the exit code."""
-        report = valid_report(report)
-        if self.output.json:
-            print(json.dumps(report, indent=2, ensure_ascii=False))
-        else:
-            print_report(report, Console())
-        if any(t["artifact"] is None for t in report["targets"]):
-            return 1
-        return EXIT_CODES[worst(t["verdict"] for t in report["targets"])]
+
+def show(report: dict[str, Any], *, as_json: bool) -> int:
+    """Print a report on stdout, as a table or as JSON; returns the exit code."""
+    if as_json:
+        print(json.dumps(report, indent=2, ensure_ascii=False))
+    else:
+        print_report(report, Console())
+    if any(t["artifact"] is None for t in report["targets"]):
+        return 1
+    return EXIT_CODES[worst(t["verdict"] for t in report["targets"])]
 
 
 def stem(model: str) -> str:

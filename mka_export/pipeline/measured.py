@@ -48,6 +48,27 @@ class Measured:
         if self.scores is not None:
             self.scores.save(folder / SCORES)
 
+    @classmethod
+    def join(cls, shards: Sequence[Measured]) -> Measured:
+        """Return what one measurement of everything would be.
+
+        Args:
+            shards: of one check, the first first.
+        """
+        facts = [each.facts for each in shards]
+        speeds = [each["speed"] for each in facts]
+        scores = [each.scores for each in shards if each.scores is not None]
+        whole = len(scores) == len(shards)
+        told = [each["tokenizer"] for each in facts if each["tokenizer"]]
+        joined = {
+            **facts[0],
+            "tokenizer": next((each for each in told if not each["identical"]), told[0] if told else None),
+            "samples": woven([each["samples"] for each in facts]) if whole else [],
+            **{key: list(dict.fromkeys(line for f in facts for line in f[key])) for key in ("oddities", "failures")},
+            "speed": _added(speeds) if whole else None,
+        }
+        return cls(joined, Scores.join(scores) if whole else None)
+
     def with_step(self, step: Measured) -> Measured:
         """Return it with one step more before the artifact; where that failed, with a warning that says why."""
         if self.scores is None:
@@ -111,9 +132,24 @@ class Measured:
         return found
 
 
+def woven(parts: Sequence[Sequence[Any]]) -> list[Any]:
+    """Return the items of all parts in the order that they had before every so-many-th went into one."""
+    found: list[Any] = [None] * sum(map(len, parts))
+    for start, part in enumerate(parts):
+        found[start :: len(parts)] = part
+    return found
+
+
+def _added(speeds: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    return {
+        kind: {key: sum(speed[kind][key] for speed in speeds) for key in ("tokens", "seconds")}
+        for kind in ("prompt", "generated")
+    }
+
+
 def _speed(tokens: int, seconds: float) -> float | None:
     """Return tokens a second."""
-    return tokens / seconds if seconds else None
+    return tokens / seconds if tokens and seconds else None
 
 
 def unmeasured(runtime: str, failure: str) -> Measured:

@@ -61,22 +61,22 @@ class Measuring:
         """Measure an artifact, unless it was, and judge it: the report's entry for its target."""
         target, artifact = subject.target, subject.artifact
         measured, details = self._measured(subject), dict(artifact.details)
-        warnings = list(details.get("warnings", []))
         if subject.attribute and target.runtime == GGUF_RUNTIME:
             quantized = self._quantized(subject)
             measured = measured.with_step(quantized)
             details["bits_per_weight_of_original"] = quantized.facts["bits_per_weight_of_original"]
         elif subject.attribute:
-            warnings.append(
-                f"--attribute: the weights of {target.name} cannot be read back into torch, so what rounding lost is not told "
-                "from what the runtime does."
+            why = (
+                f"--attribute: the weights of {target.name} cannot be read back into torch, so what rounding lost is not "
+                "told from what the runtime does."
             )
+            details["warnings"] = [*details.get("warnings", []), why]
         asked, failures = self._asked(subject) if measured.scores and self._job.asking.wanted else (None, [])
         return {
             "name": target.name,
             "artifact": {**self._describe(subject), "details": details},
             "budget": None,
-            **measured.judged(target.conversion, target.compression, warnings, asked, failures),
+            **measured.judged(target.conversion, target.compression, details.get("warnings", []), asked, failures),
         }
 
     def _asked(self, subject: Subject) -> tuple[Asked | None, list[str]]:
@@ -113,14 +113,14 @@ class Measuring:
         between = {step: job.runtime(checkpoint) for step, checkpoint in (subject.lineage or {}).items()}
         references = {ORIGINAL: job.reference, **between}
         for reference in references.values():  # before the artifact is in memory too
-            reference.run(job.evaluation.ids)
+            reference.run(job.measured_ids)
         try:
             with closing(self._open(subject)) as runtime:
                 facts["runtime"]["device"] = runtime.device
                 self._compare_tokenizers(runtime, facts)
-                scores = score(job.evaluation.ids, runtime, references, job.progress)
+                scores = score(job.measured_ids, runtime, references, job.progress)
                 with Clock() as clock:
-                    drafts = runtime.generate(job.prompts, SAMPLE_TOKENS)
+                    drafts = runtime.generate(job.prompts[job.own], SAMPLE_TOKENS)
                 continuations = [runtime.detokenize(ids) for ids in drafts]
         except RuntimeFailure as error:
             return Measured({**facts, "failures": [*facts["failures"], str(error)]}, None)
@@ -128,10 +128,10 @@ class Measuring:
         facts |= {
             "samples": [
                 {"prompt": p, "original": o, "artifact": a}
-                for p, o, a in zip(sample_prompts(), self._originals(drafts), continuations, strict=True)
+                for p, o, a in zip(sample_prompts()[job.own], self._originals(drafts), continuations, strict=True)
             ],
             "speed": {
-                "prompt": {"tokens": job.evaluation.ids.size, "seconds": scores.seconds},
+                "prompt": {"tokens": job.measured_ids.size, "seconds": scores.seconds},
                 "generated": {"tokens": sum(map(len, drafts)), "seconds": clock.seconds},
             },
             "steps": [asdict(run) for run in runs],
@@ -162,7 +162,7 @@ class Measuring:
                     with publish_folder(unpacked) as making:
                         gguf_to_checkpoint(subject.artifact.path, making, job.progress)
                 runtime = job.runtime(Checkpoint.open(unpacked))
-                scores = score(job.evaluation.ids, runtime, {}, job.progress)
+                scores = score(job.measured_ids, runtime, {}, job.progress)
             except (CheckpointError, UnsupportedError) as error:
                 why = f"What rounding lost is not told from what the runtime does: {error}"
                 Measured({**facts, "failures": [why]}, None).write(folder)
@@ -200,9 +200,10 @@ class Measuring:
 
     def _originals(self, drafts: list[list[int]]) -> list[str]:
         """Return the original's continuations of the sample prompts, found sooner where an artifact's are alike."""
+        job = self._job
         if self._samples is None:
-            ids = self._job.reference.generate(self._job.prompts, SAMPLE_TOKENS, drafts)
-            self._samples = [self._job.reference.detokenize(each) for each in ids]
+            ids = job.reference.generate(job.prompts[job.own], SAMPLE_TOKENS, drafts)
+            self._samples = [job.reference.detokenize(each) for each in ids]
         return self._samples
 
     def _describe(self, subject: Subject) -> dict[str, Any]:

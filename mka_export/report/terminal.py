@@ -80,6 +80,8 @@ def _about_the_model(report: Mapping[str, Any]) -> Iterator[str]:
             f"Healed    by distillation, {len(heal['losses'])} steps on {heal['calibration']['tokens']:,} tokens: KL on "
             f"held-out text {number(looks[0])} → {number(looks[heal['best']])} (step {heal['best']})"
         )
+    if shard := report["shard"]:
+        yield f"Shard     {shard['index']} of {shard['count']}: each of them measures its part of these windows"
     yield (
         f"Measured  on {evaluation['windows']} windows of {evaluation['window_tokens']} tokens of "
         f"{text_source(evaluation['text'])} ({evaluation['tokens']:,} predictions)"

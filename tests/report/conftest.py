@@ -115,6 +115,7 @@ def report(target: dict[str, Any]) -> dict[str, Any]:
         "heal": None,
         "evaluation": {"text": "embedded", "sha256": SHA, "windows": 16, "window_tokens": 512, "tokens": 8176},
         "mmlu": None,
+        "shard": None,
         "targets": [target],
         "stages": [
             {"name": "merged", "seconds": 41.2, "reused": False},
