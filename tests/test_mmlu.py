@@ -159,3 +159,26 @@ def test_methods_are_compared_by_it_too(model: Path, questions: Path, tmp_path: 
         assert row["mmlu"]["change"]["value"] == pytest.approx(change)
         assert row["mmlu"]["change"]["low"] < change < row["mmlu"]["change"]["high"]
     assert "right answers to MMLU" in (tmp_path / "out" / "comparison.svg").read_text()
+
+
+def test_shards_together_say_what_one_check_says(
+    done: tuple[Path, Result], model: Path, questions: Path, tmp_path: Path
+) -> None:
+    (artifact,) = (done[0] / "gguf-f16").glob("*.gguf")
+    command = ["check", artifact, "--against", model, "--mmlu", questions, *ASKED, *SMALL]
+    assert type_in(*command, "--out", tmp_path / "whole").exit_code in (0, 3, 4)
+    shards = [tmp_path / f"shard-{i}" for i in (1, 2)]
+    for i, out in enumerate(shards, 1):
+        assert type_in(*command, "--shard", f"{i}/2", "--out", out).exit_code in (0, 3, 4)
+    joined = tmp_path / "joined"
+    result = type_in("report", "--merge", *reversed(shards), "--out", joined, "--quiet")
+    assert result.exit_code in (0, 3, 4), result.output
+    for out in (joined, tmp_path / "whole"):  # and read back from its stages
+        assert type_in("report", out, "--quiet").exit_code in (0, 3, 4)
+    expected, found = report(tmp_path / "whole"), report(joined)
+    assert [sum(s["questions"] for s in report(out)["targets"][0]["mmlu"]["subjects"]) for out in shards] == [16, 8]
+    assert found["mmlu"] == expected["mmlu"]
+    for key in ("mmlu", "attribution", "comparisons", "verdict", "warnings"):
+        assert found["targets"][0][key] == expected["targets"][0][key], key
+    assert type_in("verify", joined).exit_code == 0
+    assert type_in(*command, "--shard", "1/4", "--out", tmp_path / "none").exit_code == 2  # there are three subjects

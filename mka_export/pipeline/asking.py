@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import cached_property
+from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mka_export.errors import RuntimeFailure
+from mka_export.errors import RuntimeFailure, UsageError
 from mka_export.models.checkpoint import Checkpoint, read_json
 from mka_export.models.tokenizer import text_ids
 from mka_export.options import MmluOptions
@@ -19,17 +20,17 @@ from mka_export.parity.comparison import ORIGINAL
 from mka_export.parity.metrics import ARTIFACT
 from mka_export.parity.mmlu.answers import ask
 from mka_export.parity.mmlu.figures import Answers, Asked
-from mka_export.parity.mmlu.prompts import Sheet, make_sheet
+from mka_export.parity.mmlu.prompts import Prompt, Sheet, make_sheet
 from mka_export.parity.mmlu.questions import HUB, Subject, load_subjects, prompts_sha256, sample
 from mka_export.parity.runtimes import Runtime
 from mka_export.parity.tokenizer_check import first_difference
 from mka_export.target import Target
-from mka_export.workspace import write_json
+from mka_export.workspace import Workspace, published, write_json
 
 if TYPE_CHECKING:
     from mka_export.pipeline.job import Job
 
-MMLU, TARGETS = "mmlu", "targets"  # a stage for each model: mmlu/original, mmlu/targets/gguf-q4
+MMLU = "mmlu"  # a stage for each model: mmlu/original, mmlu/merged, mmlu/targets/gguf-q4
 LETTERS, FACTS = "letters.npy", "answers.json"
 
 Open = Callable[[], Runtime]
@@ -59,11 +60,14 @@ class Asking:
     @cached_property
     def _subjects(self) -> list[Subject]:
         assert self._options.mmlu is not None
-        return sample(load_subjects(self._options.mmlu), self._options.mmlu_questions, self._options.mmlu_seed)
+        subjects = sample(load_subjects(self._options.mmlu), self._options.mmlu_questions, self._options.mmlu_seed)
+        if (shard := self._job.shard) is not None and len(subjects) < shard.count:
+            raise UsageError(f"--shard {shard}: there are only {len(subjects)} subjects", "Divide the work by fewer.")
+        return subjects
 
     @cached_property
-    def sheet(self) -> Sheet:
-        """The prompts.
+    def _prompts(self) -> Sheet:
+        """All prompts, of whatever shard.
 
         Raises:
             UsageError, UnsupportedError: they are not for this model.
@@ -74,28 +78,31 @@ class Asking:
             self._subjects, self._options.mmlu_shots, lambda t: text_ids(job.tokenizer, t), job.leading, context
         )
 
+    @cached_property
+    def sheet(self) -> Sheet:
+        """What is asked here; what is raised is said at ``_prompts``."""
+        subjects = [list(group) for _, group in groupby(self._prompts.prompts, key=lambda prompt: prompt.subject)]
+        return replace(self._prompts, prompts=tuple(prompt for group in subjects[self._job.own] for prompt in group))
+
     def describe(self) -> dict[str, Any] | None:
-        """Return the field ``mmlu`` of the report."""
+        """Return the field ``mmlu`` of the report: of all shards together."""
         if not self.wanted:
             return None
-        prompts = self.sheet.prompts
         return {
             "source": self._options.mmlu,
-            "sha256": self.sha256,
-            "questions": len(prompts),
-            "subjects": len({prompt.subject for prompt in prompts}),
+            "sha256": prompts_sha256(map(_text, self._prompts.prompts)),
+            "questions": len(self._prompts.prompts),
+            "subjects": len(self._subjects),
             "shots": self._options.mmlu_shots,
             "seed": self._options.mmlu_seed,
         }
 
     @property
-    def _texts(self) -> list[str]:
-        return [prompt.text for prompt in self.sheet.prompts]
-
-    @cached_property
-    def sha256(self) -> str:
-        """The sha256 of the prompts."""
-        return prompts_sha256(self._texts)
+    def inputs(self) -> dict[str, Any] | None:
+        """Return what answers depend on, besides the model and where it runs."""
+        if not self.wanted:
+            return None
+        return {"questions": prompts_sha256(map(_text, self.sheet.prompts)), "letters": list(self.sheet.letters)}
 
     def ask(
         self, target: Target, open_artifact: Open, files: Mapping[str, str], lineage: Mapping[str, Checkpoint] | None
@@ -108,39 +115,96 @@ class Asking:
             lineage: name -> the checkpoints between the original and it, in order, as far as they are known.
 
         Raises:
-            RuntimeFailure: the artifact's runtime fails, or the artifact lacks a token.
+            RuntimeFailure: the artifact's runtime fails, or the artifact reads the questions as other tokens.
         """
-        answers = [self.original(), *(self.checkpoint(name, each) for name, each in (lineage or {}).items())]
+        steps = {ORIGINAL: self._job.original, **(lineage or {})}
+        for name, checkpoint in steps.items():
+            self._checkpoint(name, checkpoint)
+
+        def checked() -> Runtime:
+            runtime = open_artifact()
+            if other := first_difference(self._job.reference, runtime, map(_text, self.sheet.prompts)):
+                runtime.close()
+                raise RuntimeFailure(str(other))
+            return runtime
+
         inputs = {"artifact": dict(files), "runtime": target.runtime, "devices": asdict(self._job.device)}
-        answers.append(self._answers(ARTIFACT, f"{TARGETS}/{target.name}", inputs, open_artifact))
-        prompts = self.sheet.prompts
-        return Asked(tuple(p.subject for p in prompts), tuple(p.answer for p in prompts), tuple(answers))
+        self._stage(_stage(ARTIFACT, target.name), inputs, checked)
+        return read_asked(self._job.workspace.path, [*steps, ARTIFACT], target.name)
+
+    def original(self) -> Answers:
+        """Ask the original, in torch."""
+        self._checkpoint(ORIGINAL, self._job.original)
+        return read_asked(self._job.workspace.path, [ORIGINAL], "").answers[0]
 
     def chosen(self, runtime: Runtime) -> list[int]:
         """Return what a model answers, 0 to 3, without keeping it."""
         letters = np.concatenate(list(runtime.next_log_probs(self.sheet.groups(), self.sheet.letters)))
         return [int(answer) for answer in letters.argmax(axis=1)]
 
-    def original(self) -> Answers:
-        """Ask the original, in torch."""
-        return self.checkpoint(ORIGINAL, self._job.original)
-
-    def checkpoint(self, name: str, checkpoint: Checkpoint) -> Answers:
-        """Ask a checkpoint, in torch."""
+    def _checkpoint(self, name: str, checkpoint: Checkpoint) -> None:
         inputs = {"checkpoint": checkpoint.fingerprint, "device": self._job.device.device}
-        return self._answers(name, name, inputs, lambda: self._job.runtime(checkpoint))
+        self._stage(_stage(name, ""), inputs, lambda: self._job.runtime(checkpoint))
 
-    def _answers(self, name: str, stage: str, inputs: Mapping[str, Any], opened: Open) -> Answers:
-        job, sheet = self._job, self.sheet
+    def _stage(self, stage: str, inputs: Mapping[str, Any], opened: Open) -> None:
+        job, prompts = self._job, self.sheet.prompts
+        numbers = {prompt: number for number, prompt in enumerate(self._prompts.prompts)}
 
         def make(folder: Path, pieces: Path) -> None:
             with closing(opened()) as runtime:
-                if name == ARTIFACT and (other := first_difference(job.reference, runtime, self._texts)):
-                    raise RuntimeFailure(str(other))
-                np.save(folder / LETTERS, ask(runtime, sheet, pieces, job.progress))
-                write_json(folder / FACTS, {"runtime": runtime.name, "device": runtime.device})
+                letters = ask(runtime, self.sheet, pieces, job.progress)
+                asked = Asked(
+                    tuple(numbers[prompt] for prompt in prompts),
+                    tuple(prompt.subject for prompt in prompts),
+                    tuple(prompt.answer for prompt in prompts),
+                    (Answers("", runtime.name, runtime.device, letters),),
+                )
+            _write(asked, 0, folder)
 
-        about = {**job.inputs(job.original), "questions": self.sha256, "letters": list(sheet.letters)}
-        path = job.workspace.stage(f"{MMLU}/{stage}", {**about, **inputs}, make).path
-        facts = read_json(path / FACTS)
-        return Answers(name, facts["runtime"], facts["device"], np.load(path / LETTERS, allow_pickle=False))
+        job.workspace.stage(stage, {**job.inputs(job.original), **(self.inputs or {}), **inputs}, make)
+
+
+def read_asked(folder: Path, steps: Sequence[str], target: str) -> Asked:
+    """Read what was answered from the stages in an output folder.
+
+    Args:
+        steps: their names, from the original to the artifact.
+        target: whose artifact that is.
+
+    Raises:
+        MkaError: a stage is not there as it was made.
+    """
+    paths = [published(folder, _stage(name, target)).path for name in steps]
+    about = [read_json(path / FACTS) for path in paths]
+    answers = (
+        Answers(name, facts["runtime"], facts["device"], np.load(path / LETTERS, allow_pickle=False))
+        for name, path, facts in zip(steps, paths, about, strict=True)
+    )
+    numbers, subjects, truth = (tuple(about[0][key]) for key in ("numbers", "subjects", "truth"))
+    return Asked(numbers, subjects, truth, tuple(answers))
+
+
+def publish_asked(asked: Asked, workspace: Workspace, target: str, inputs: Mapping[str, Any]) -> None:
+    """Publish the stages that ``read_asked`` reads."""
+    for i, answers in enumerate(asked.answers):
+
+        def make(folder: Path, pieces: Path, i: int = i) -> None:
+            _write(asked, i, folder)
+
+        workspace.stage(_stage(answers.name, target), inputs, make)
+
+
+def _write(asked: Asked, index: int, folder: Path) -> None:
+    answers = asked.answers[index]
+    np.save(folder / LETTERS, answers.letters)
+    facts = {"runtime": answers.runtime, "device": answers.device}
+    write_json(folder / FACTS, {**facts, "numbers": asked.numbers, "subjects": asked.subjects, "truth": asked.truth})
+
+
+def _stage(step: str, target: str) -> str:
+    """Return the name of a step's stage: checkpoints are asked once for all targets."""
+    return f"{MMLU}/targets/{target}" if step == ARTIFACT else f"{MMLU}/{step}"
+
+
+def _text(prompt: Prompt) -> str:
+    return prompt.text

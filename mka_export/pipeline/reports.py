@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -10,6 +10,8 @@ from typing import Any
 from mka_export.data import load_json
 from mka_export.errors import MkaError, UsageError
 from mka_export.parity.comparison import COMPRESSION, CONVERSION, QUANTIZED
+from mka_export.parity.mmlu.figures import Asked
+from mka_export.pipeline.asking import publish_asked, read_asked
 from mka_export.pipeline.job import PARITY, REPORT, show
 from mka_export.pipeline.measured import Measured
 from mka_export.progress import Progress
@@ -34,8 +36,9 @@ def renew(folders: Sequence[Path], out: Path | None, *, as_json: bool, quiet: bo
     report = read_report(folder)
     with Workspace(folder, Progress(quiet=quiet)) as workspace:
         for entry in report["targets"]:
-            if entry["artifact"] is not None:
-                _rejudge(entry, _measured(folder, entry))
+            unanswered = report["mmlu"] is not None and entry["mmlu"] is None  # it failed, and stays so
+            if entry["artifact"] is not None and not unanswered:
+                _rejudge(entry, _measured(folder, entry), _asked(folder, entry))
         return _finish(report, workspace, load_json(folder / MANIFEST), as_json)
 
 
@@ -69,7 +72,12 @@ def join(folders: Sequence[Path], out: Path | None, *, as_json: bool, quiet: boo
             joined = Measured.join([Measured.read(part.path) for part in parts])
             inputs = {"joined": [dict(part.files) for part in parts]}
             workspace.stage(f"{PARITY}/{entry['name']}", inputs, partial(_write, joined))
-            _rejudge(entry, joined)
+            answers = [answered for folder in shards if (answered := _asked(folder, entry)) is not None]
+            asked = Asked.join(answers) if len(answers) == len(shards) else None
+            if asked is not None:
+                publish_asked(asked, workspace, entry["name"], {"joined": [dict(part.files) for part in parts]})
+            failures = [] if asked or report["mmlu"] is None else _errors(entry["name"], shards.values())
+            _rejudge(entry, joined, asked, failures)
         return _finish(report, workspace, load_json(folders[0] / MANIFEST), as_json)
 
 
@@ -130,6 +138,7 @@ def _require_one_check(shards: Mapping[Path, Mapping[str, Any]]) -> None:
 
 def _dependencies(folder: Path, report: Mapping[str, Any]) -> dict[str, Any]:
     found: dict[str, Any] = {"targets": [entry["name"] for entry in report["targets"]]}
+    found |= {f"{key} of the questions": value for key, value in (report["mmlu"] or {}).items() if key != "source"}
     for name in found["targets"]:
         inputs = (read_record(folder / PARITY / name) or {}).get("inputs", {})
         found |= {f"{key} of {name}": value for key, value in inputs.items() if key != "shard"}
@@ -144,16 +153,29 @@ def _measured(folder: Path, entry: Mapping[str, Any]) -> Measured:
     return found
 
 
+def _asked(folder: Path, entry: Mapping[str, Any]) -> Asked | None:
+    """Return the answers that the entry of a target was made from, if questions were asked."""
+    if entry["mmlu"] is None:
+        return None
+    return read_asked(folder, [step["name"] for step in entry["mmlu"]["steps"]], entry["name"])
+
+
 def _write(measured: Measured, folder: Path, pieces: Path) -> None:
     measured.write(folder)
 
 
-def _rejudge(entry: dict[str, Any], measured: Measured) -> None:
+def _errors(target: str, reports: Iterable[Mapping[str, Any]]) -> list[str]:
+    """Return why a target failed, in whichever of the reports it did."""
+    errors = (entry["error"] for report in reports for entry in report["targets"] if entry["name"] == target)
+    return [error for error in dict.fromkeys(errors) if error]
+
+
+def _rejudge(entry: dict[str, Any], measured: Measured, asked: Asked | None, failures: Sequence[str] = ()) -> None:
     """Judge a target again, by the limits that its entry names."""
     conversion, compression = (
         Limits(**entry["comparisons"].get(kind, {"limits": {}})["limits"]) for kind in (CONVERSION, COMPRESSION)
     )
-    entry |= measured.judged(conversion, compression, entry["artifact"]["details"].get("warnings", []))
+    entry |= measured.judged(conversion, compression, entry["artifact"]["details"].get("warnings", []), asked, failures)
 
 
 def _finish(report: dict[str, Any], workspace: Workspace, manifest: Mapping[str, Any], as_json: bool) -> int:

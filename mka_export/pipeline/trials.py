@@ -97,7 +97,7 @@ class Trials:
         merge = dataclasses.asdict(settings)
         merged = {**self._inputs, "calibration": job.calibration.sha256, "merge": merge}
         shared = {**merged, "merge": {**merge, "remove": None}}
-        inputs = {**merged, "questions": job.asking.sha256 if job.asking.wanted else None}
+        inputs = {**merged, "questions": job.asking.inputs}
 
         def make(stage: Path, pieces: Path) -> None:
             try:

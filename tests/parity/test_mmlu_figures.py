@@ -13,7 +13,7 @@ def compared(original: np.ndarray, artifact: np.ndarray, margin: float | None = 
     """Compare answers to questions of three subjects, of which the n-th has the n-th letter, going round."""
     names = ["anatomy", "astronomy", "sociology"]
     subjects, truth = zip(*((names[3 * n // COUNT], n % 4) for n in range(COUNT)), strict=True)
-    asked = Asked(subjects, truth, (answers("original", original), answers("artifact", artifact)))
+    asked = Asked(tuple(range(COUNT)), subjects, truth, (answers("original", original), answers("artifact", artifact)))
     return compare_answers(asked, {"compression": ("original", margin)})
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -151,14 +151,28 @@ class Asked:
     """What a model and those that were made from it answered to the same questions.
 
     Attributes:
-        subjects: of each question.
+        numbers: of each question, in the order of all that are asked.
+        subjects: what it is about.
         truth: its right answer, 0 to 3.
         answers: of the models, from the original to the artifact.
     """
 
+    numbers: tuple[int, ...]
     subjects: tuple[str, ...]
     truth: tuple[int, ...]
     answers: tuple[Answers, ...]
+
+    @classmethod
+    def join(cls, parts: Sequence[Asked]) -> Asked:
+        """Return the answers to the questions of several parts, in their order."""
+        rows = [row for part in parts for row in zip(part.numbers, part.subjects, part.truth, strict=True)]
+        order = np.argsort([number for number, *_ in rows])
+        numbers, subjects, truth = zip(*(rows[i] for i in order), strict=True)
+        answers = tuple(
+            replace(several[0], letters=np.concatenate([each.letters for each in several])[order])
+            for several in zip(*(part.answers for part in parts), strict=True)
+        )
+        return cls(numbers, subjects, truth, answers)
 
     @property
     def right(self) -> dict[str, NDArray[np.float64]]:
