@@ -50,16 +50,17 @@ class Child:
         with contextlib.suppress(OSError):
             self._connection.send(message)
 
-    def receive(self) -> Any:
-        """Wait for the next message.
+    def receive(self, patience: float | None = None) -> Any:
+        """Wait for the next message, for ``patience`` seconds, or as long as always.
 
         Raises:
             MkaError: what the function raised.
             RuntimeFailure: the process is gone, or silent for longer than ``patience``.
         """
-        if not self._connection.poll(self.patience):
+        patience = patience or self.patience
+        if not self._connection.poll(patience):
             self.close()
-            raise RuntimeFailure(f"{self.what}: no sign of life for {self.patience:.0f} seconds; stopped")
+            raise RuntimeFailure(f"{self.what}: no sign of life for {patience:.0f} seconds; stopped")
         try:
             message = self._connection.recv()
         except (EOFError, OSError):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -65,6 +66,12 @@ def load_text(kind: str, path: Path | None) -> Text:
 def sample_prompts() -> list[str]:
     """Return the embedded prompts, one a line."""
     return (data_folder("sample_prompts") / "prompts.txt").read_text(encoding="utf-8").splitlines()
+
+
+def sample_conversations() -> list[list[dict[str, str]]]:
+    """Return the embedded conversations: turns, each with its ``role`` and its ``content``."""
+    conversations: list[list[dict[str, str]]] = json.loads(_exact("conversations.json"))
+    return conversations
 
 
 def tokenizer_corpus() -> list[str]:

@@ -26,7 +26,7 @@ class Measured:
     """The contents of a stage ``parity/TARGET``: no limits, and nothing that follows from them.
 
     Attributes:
-        facts: ``runtime``, ``tokenizer`` and ``samples`` as the report has them; ``oddities``: unusual texts that the
+        facts: ``runtime``, ``tokenizer``, ``samples`` and ``smoke`` as the report has them; ``oddities``: unusual texts that the
             tokenizers read differently, and what else is to be warned of; ``failures``: why it fails whatever the scores say; ``speed``: ``prompt`` and
             ``generated``, each with its ``tokens`` and ``seconds``, or None; ``steps``: a ``Run`` each; ``converted``:
             the step that it was made from, None if that is not known; ``bytes_per_token``.
@@ -63,7 +63,7 @@ class Measured:
         joined = {
             **facts[0],
             "tokenizer": next((each for each in told if not each["identical"]), told[0] if told else None),
-            "samples": woven([each["samples"] for each in facts]) if whole else [],
+            "samples": facts[0]["samples"] if whole else [],  # every shard goes on from all prompts
             **{key: list(dict.fromkeys(line for f in facts for line in f[key])) for key in ("oddities", "failures")},
             "speed": _added(speeds) if whole else None,
         }
@@ -108,7 +108,7 @@ class Measured:
         mmlu = None if asked is None else self._mmlu(asked, conversion, compression)
         verdict = judge(comparison, conversion, compression, [*self.facts["failures"], *failures], mmlu).to_dict()
         return {
-            **{key: self.facts[key] for key in ("runtime", "tokenizer", "samples")},
+            **{key: self.facts[key] for key in ("runtime", "tokenizer", "samples", "smoke")},
             **verdict,
             **self._spread(comparison, asked),
             "mmlu": mmlu and mmlu.to_dict(),
@@ -163,6 +163,7 @@ def empty_facts(runtime: str, versions: Mapping[str, str]) -> dict[str, Any]:
         "runtime": {"name": runtime, "device": "", "versions": dict(versions)},
         "tokenizer": None,
         "samples": [],
+        "smoke": None,
         "oddities": [],
         "failures": [],
         "speed": None,

@@ -12,18 +12,19 @@ from mka_export.errors import CheckpointError, RuntimeFailure, UnsupportedError
 from mka_export.models.checkpoint import Checkpoint
 from mka_export.models.gguf_source import gguf_to_checkpoint
 from mka_export.models.outline import Outline
-from mka_export.models.text import sample_prompts, tokenizer_corpus, tokenizer_oddities
+from mka_export.models.text import sample_conversations, sample_prompts, tokenizer_corpus, tokenizer_oddities
 from mka_export.parity.comparison import ORIGINAL, QUANTIZED, Run
 from mka_export.parity.metrics import ARTIFACT, Clock, Scores, score
 from mka_export.parity.mmlu.figures import Asked
 from mka_export.parity.runtimes import RUNTIME_PACKAGES, Runtime, open_runtime
+from mka_export.parity.smoke import check_chat_template, check_ends, smoke
 from mka_export.parity.tokenizer_check import first_difference
 from mka_export.pipeline.job import PARITY, Job, versions
 from mka_export.pipeline.measured import Measured, empty_facts
 from mka_export.target import Artifact, Target, load_converter
 from mka_export.workspace import publish_folder
 
-SAMPLE_TOKENS = 16
+SAMPLE_TOKENS = 32
 GGUF_RUNTIME = "llama.cpp"
 
 
@@ -55,7 +56,7 @@ class Measuring:
 
     def __init__(self, job: Job) -> None:
         self._job = job
-        self._samples: list[str] | None = None
+        self._originals: list[list[int]] | None = None
 
     def entry(self, subject: Subject) -> dict[str, Any]:
         """Measure an artifact, unless it was, and judge it: the report's entry for its target."""
@@ -120,16 +121,22 @@ class Measuring:
                 self._compare_tokenizers(runtime, facts)
                 scores = score(job.measured_ids, runtime, references, job.progress)
                 with Clock() as clock:
-                    drafts = runtime.generate(job.prompts[job.own], SAMPLE_TOKENS)
+                    drafts = runtime.generate(job.prompts, SAMPLE_TOKENS)
                 continuations = [runtime.detokenize(ids) for ids in drafts]
+                ends = check_ends(job.reference, runtime.ends, job.evaluation.ids[:, 1:])
+                chat_template = check_chat_template(job.reference, runtime, sample_conversations())
         except RuntimeFailure as error:
             return Measured({**facts, "failures": [*facts["failures"], str(error)]}, None)
+        originals = self._continued(drafts)
+        behaves = smoke(chat_template, ends, originals, drafts)
         runs = [Run.of(step, one) for step, one in {**references, ARTIFACT: runtime}.items()]
         facts |= {
             "samples": [
-                {"prompt": p, "original": o, "artifact": a}
-                for p, o, a in zip(sample_prompts()[job.own], self._originals(drafts), continuations, strict=True)
+                {"prompt": p, "original": job.reference.detokenize(o), "artifact": a}
+                for p, o, a in zip(sample_prompts(), originals, continuations, strict=True)
             ],
+            "smoke": behaves.to_dict(),
+            "failures": [*facts["failures"], *behaves.failures],
             "speed": {
                 "prompt": {"tokens": job.measured_ids.size, "seconds": scores.seconds},
                 "generated": {"tokens": sum(map(len, drafts)), "seconds": clock.seconds},
@@ -198,13 +205,11 @@ class Measuring:
         elif odd := first_difference(reference, runtime, tokenizer_oddities()):
             facts["oddities"] = [f"unusual text: {odd}"]
 
-    def _originals(self, drafts: list[list[int]]) -> list[str]:
+    def _continued(self, drafts: list[list[int]]) -> list[list[int]]:
         """Return the original's continuations of the sample prompts, found sooner where an artifact's are alike."""
-        job = self._job
-        if self._samples is None:
-            ids = job.reference.generate(job.prompts[job.own], SAMPLE_TOKENS, drafts)
-            self._samples = [job.reference.detokenize(each) for each in ids]
-        return self._samples
+        if self._originals is None:
+            self._originals = self._job.reference.generate(self._job.prompts, SAMPLE_TOKENS, drafts)
+        return self._originals
 
     def _describe(self, subject: Subject) -> dict[str, Any]:
         artifact, folder = subject.artifact, subject.artifact.path.parent

@@ -17,6 +17,7 @@ from mka_export.needs import size
 STYLES = {"pass": "bold white on green", "fail": "bold white on red", "inconclusive": "bold black on yellow"}
 COLOURS = {"pass": "green", "fail": "red", "inconclusive": "yellow"}
 NONE = "–"
+SAMPLES = 4  # that are shown; the report has all
 
 
 def print_report(report: Mapping[str, Any], console: Console) -> None:
@@ -119,6 +120,8 @@ def _print_target(target: Mapping[str, Any], console: Console) -> None:
         console.print(Text(f"Tokens    the same ids as the original's on {tokenizer['texts']} texts"))
     elif tokenizer:
         console.print(Text(f"Tokens    DIFFERENT: {tokenizer['first_difference']}", style=COLOURS["fail"]))
+    if target["smoke"]:
+        console.print(_smoke(target["smoke"]))
     if target["steps"]:
         console.print(_steps(target["steps"]))
     if target["comparisons"]:
@@ -149,6 +152,13 @@ def _about_the_artifact(artifact: Mapping[str, Any]) -> Iterator[str]:
         share = details.get("fallback_share")
         of_weights = f", {100 * share:.1f} % of the weights" if share is not None else ""
         yield f"Fallback  {_counts(fallbacks)}{of_weights}: their rows do not fit the type's blocks"
+
+
+def _smoke(smoke: Mapping[str, Any]) -> Text:
+    checks = [(f"{c['name'].replace('_', ' ')}: ", (c["verdict"], COLOURS[c["verdict"]])) for c in smoke["checks"]]
+    before, after = (number(smoke["repetition"][side], 2) for side in ("original", "artifact"))
+    line = Text("; ").join(Text.assemble(*parts) for parts in checks)
+    return Text("Behaves   ") + line + f" (repeats itself {before} → {after})"
 
 
 def _steps(steps: list[Mapping[str, Any]]) -> Table:
@@ -206,7 +216,7 @@ def _samples(samples: list[Mapping[str, str]]) -> Table:
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, expand=True)
     for heading in ("prompt", "original goes on", "artifact goes on"):
         table.add_column(heading, ratio=1, overflow="fold")
-    for sample in samples:
+    for sample in samples[:SAMPLES]:
         table.add_row(*(Text(" ".join(sample[side].split())) for side in ("prompt", "original", "artifact")))
     return table
 

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Collection
 from pathlib import Path
+from typing import Any
 
 import gguf
 import pytest
+from pico import CHAT_TEMPLATE
 
 from mka_export.models.checkpoint import Checkpoint
 
@@ -23,7 +26,13 @@ NAMES = {
 }
 
 
-def write_gguf(checkpoint: Checkpoint, path: Path) -> Path:
+def write_gguf(
+    checkpoint: Checkpoint,
+    path: Path,
+    chat_template: str = CHAT_TEMPLATE,
+    eos: int = 2,
+    special: Collection[int] = (0, 1, 2),
+) -> Path:
     config = checkpoint.config
     heads, kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
     rope = config.get("rope_parameters") or {"rope_theta": config.get("rope_theta", 10_000.0)}
@@ -39,7 +48,6 @@ def write_gguf(checkpoint: Checkpoint, path: Path) -> Path:
     writer.add_vocab_size(checkpoint.vocab_size)
 
     tokenizer = json.loads((checkpoint.path / "tokenizer.json").read_text())
-    special = {token["id"] for token in tokenizer["added_tokens"]}
     vocabulary = sorted(tokenizer["model"]["vocab"].items(), key=lambda item: item[1])
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("smollm")  # digits one by one, then GPT-2's pattern: as the pico tokenizer
@@ -47,8 +55,9 @@ def write_gguf(checkpoint: Checkpoint, path: Path) -> Path:
     writer.add_token_types([gguf.TokenType.CONTROL if i in special else gguf.TokenType.NORMAL for _, i in vocabulary])
     writer.add_token_merges([m if isinstance(m, str) else " ".join(m) for m in tokenizer["model"]["merges"]])
     writer.add_bos_token_id(1)
-    writer.add_eos_token_id(2)
+    writer.add_eos_token_id(eos)
     writer.add_add_bos_token(False)
+    writer.add_chat_template(chat_template)
 
     for name in checkpoint.shards:
         tensor = checkpoint.tensor(name).float().numpy()
@@ -71,3 +80,13 @@ def write_gguf(checkpoint: Checkpoint, path: Path) -> Path:
 @pytest.fixture(scope="session")
 def pico_gguf(pico_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_gguf(Checkpoint.open(pico_llama), tmp_path_factory.mktemp("gguf") / "pico.gguf")
+
+
+@pytest.fixture(scope="session")
+def gguf_like(pico_llama: Path) -> Callable[..., Path]:
+    """``gguf_like(path, **changes)``: write pico llama's file with something changed; see ``write_gguf``."""
+
+    def write(path: Path, checkpoint: Checkpoint | None = None, **changes: Any) -> Path:
+        return write_gguf(checkpoint or Checkpoint.open(pico_llama), path, **changes)
+
+    return write

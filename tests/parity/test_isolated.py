@@ -16,7 +16,7 @@ from mka_export.parity.runtimes.llama_cpp_runtime import LlamaCppRuntime
 
 
 class Hanging:
-    name, device, vocab_size = "hanging", "cpu", 3
+    name, device, vocab_size, ends = "hanging", "cpu", 3, frozenset[int]()
 
     def tokenize(self, text: str) -> list[int]:
         time.sleep(600)

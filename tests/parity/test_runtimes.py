@@ -116,10 +116,7 @@ def test_generation_stops_at_an_end_token(runtime: Runtime, monkeypatch: pytest.
     prompt = runtime.tokenize("The harbour was")
     (free,) = runtime.generate([prompt], 6)
     end = free[3]
-    if isinstance(runtime, TorchRuntime):
-        monkeypatch.setattr(runtime, "_ends", {end})
-    else:
-        monkeypatch.setattr("llama_cpp.llama_vocab_is_eog", lambda _vocab, token: token == end)
+    monkeypatch.setattr(runtime, "ends", {end})
     other = runtime.tokenize("One two three")
     stopped, _ = runtime.generate([prompt, other], 6)
     assert stopped == free[: free.index(end)]
@@ -129,7 +126,7 @@ def test_torch_ends_at_any_id_that_config_names(pico_llama: Path, tmp_path: Path
     folder = tmp_path / "model"
     shutil.copytree(pico_llama, folder)
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, 7]}))
-    assert TorchRuntime(folder)._ends == {2, 7}
+    assert TorchRuntime(folder).ends == {2, 7}
 
 
 def test_an_empty_prompt_is_refused(runtime: Runtime) -> None:

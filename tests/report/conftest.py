@@ -79,6 +79,15 @@ def target() -> dict[str, Any]:
         },
         "speed": {"prompt": 412.0, "generated": 31.5},
         "mmlu": None,
+        "smoke": {
+            "verdict": "inconclusive",
+            "checks": [
+                {"name": "chat_template", "verdict": "pass", "reason": "It renders 4 conversations alike."},
+                {"name": "end_of_text", "verdict": "pass", "reason": "It stops at 2."},
+                {"name": "repetition", "verdict": "inconclusive", "reason": "It perhaps repeats itself more."},
+            ],
+            "repetition": {"original": 0.1413, "artifact": 0.3451},
+        },
         "samples": [
             {"prompt": "The [bold]sea[/bold]", "original": " is blue\nand wide", "artifact": " is grey [/nothing]"}
         ],

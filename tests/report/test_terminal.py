@@ -96,6 +96,12 @@ def test_warnings_are_printed(report: dict[str, Any], target: dict[str, Any]) ->
     assert "Warning: Something about the run." in text
 
 
+def test_how_it_behaves_is_one_line(report: dict[str, Any]) -> None:
+    assert line_with(printed(report), "Behaves").split("   ")[1] == (
+        "chat template: pass; end of text: pass; repetition: inconclusive (repeats itself 0.14 → 0.35)"
+    )
+
+
 def test_tokenizers_that_differ_are_loud(report: dict[str, Any], target: dict[str, Any]) -> None:
     target["tokenizer"] = {"identical": False, "texts": 40, "first_difference": "token ids of 'a' differ"}
     assert "DIFFERENT: token ids of 'a' differ" in printed(report)
@@ -104,7 +110,7 @@ def test_tokenizers_that_differ_are_loud(report: dict[str, Any], target: dict[st
 def test_a_target_without_figures(report: dict[str, Any], target: dict[str, Any]) -> None:
     report["merge"] = None
     target |= {"verdict": "fail", "error": "the runtime crashed", "artifact": None, "tokenizer": None}
-    target |= {"steps": [], "comparisons": {}, "attribution": [], "profile": None, "speed": None, "samples": []}
+    target |= {"steps": [], "comparisons": {}, "attribution": [], "profile": None, "speed": None, "smoke": None, "samples": []}
     lines = printed(report).splitlines()
     assert lines[0].split() == ["FAIL", "gguf-q4"]
     assert lines[1].strip() == "the runtime crashed"

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mka_export.errors import RuntimeFailure, UsageError, unknown_name
+from mka_export.models.chat import Conversation, Rendered
 
 Windows = NDArray[np.int64]  # (windows, tokens): token ids, what the runtime sees and nothing else
 LogProbs = NDArray[np.float32]  # (tokens, vocabulary): natural logarithms
@@ -39,11 +40,13 @@ class Runtime(Protocol):
         name: as the targets name it, e.g. ``llama.cpp``.
         device: where it computes, e.g. ``cpu``; goes beside every figure.
         vocab_size: columns of ``log_probs``.
+        ends: ids that end a text, by what ships inside the artifact.
     """
 
     name: str
     device: str
     vocab_size: int
+    ends: frozenset[int]
 
     def tokenize(self, text: str) -> list[int]:
         """Turn text into ids with the tokenizer that ships inside the artifact.
@@ -73,6 +76,9 @@ class Runtime(Protocol):
 
     def generate(self, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> list[list[int]]:
         """Continue each prompt greedily; stops after an end-of-text token (not returned)."""
+
+    def render_chats(self, conversations: Sequence[Conversation]) -> list[Rendered] | None:
+        """Render conversations by the chat template that ships inside the artifact; None if none does."""
 
     def close(self) -> None:
         """Free the model."""

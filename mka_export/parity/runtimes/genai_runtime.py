@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import onnxruntime_genai as genai
 from numpy.typing import NDArray
 
 from mka_export.errors import RuntimeFailure
+from mka_export.models.chat import Conversation, Rendered, template_of
 from mka_export.parity.runtimes import LogProbs, Prefixed, Windows
 from mka_export.parity.runtimes.logits import BATCH, log_softmax, require_known, require_tokens
 from mka_export.parity.runtimes.onnx_folder import OnnxFolder
@@ -30,7 +32,8 @@ class GenaiRuntime:
 
     def __init__(self, path: Path) -> None:
         folder = OnnxFolder.open(path)
-        self.vocab_size, self._path, self._ends = folder.vocab_size, path, folder.ends
+        self.vocab_size, self._path, self.ends = folder.vocab_size, path, folder.ends
+        self._has_template = template_of(folder.tokenizer) is not None
         try:
             self._model = genai.Model(str(path))
             self._tokenizer = genai.Tokenizer(self._model)
@@ -78,6 +81,10 @@ class GenaiRuntime:
         """Continue each prompt greedily, up to a token that the folder names as the end of a text."""
         return [self._continue(prompt, max_new_tokens) for prompt in prompts]
 
+    def render_chats(self, conversations: Sequence[Conversation]) -> list[Rendered] | None:
+        """Render conversations by the template in the folder, as the library's own engine understands it."""
+        return [self._render(each) for each in conversations] if self._has_template else None
+
     def close(self) -> None:
         """Free the model."""
         del self._tokenizer, self._model
@@ -90,10 +97,16 @@ class GenaiRuntime:
         while len(new) < max_new_tokens:
             generator.generate_next_token()
             token = int(generator.get_next_tokens()[0])
-            if token in self._ends:
+            if token in self.ends:
                 break
             new.append(token)
         return new
+
+    def _render(self, conversation: Conversation) -> Rendered:
+        try:
+            return Rendered(self._tokenizer.apply_chat_template(json.dumps(conversation), add_generation_prompt=True))
+        except Exception as error:  # its exceptions share no class
+            return Rendered.refused(error)
 
     def _generator(self, tokens: int) -> genai.Generator:
         params = genai.GeneratorParams(self._model)

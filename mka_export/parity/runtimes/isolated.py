@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from mka_export.child import Child
+from mka_export.models.chat import PATIENCE, Conversation, Rendered
 from mka_export.parity.runtimes import RUNTIMES, LogProbs, Prefixed, Runtime, Windows
 
 ROWS = 128  # of log-probabilities in one message: 78 MB at a vocabulary of 152 000
@@ -38,7 +39,7 @@ class IsolatedRuntime:
     ) -> None:
         self._child = Child(f"the runtime of {path}", _serve, opener, path, dict(options))
         try:
-            self.name, self.device, self.vocab_size = self._child.receive()
+            self.name, self.device, self.vocab_size, self.ends = self._child.receive()
         except BaseException:
             self._child.close()
             raise
@@ -75,6 +76,12 @@ class IsolatedRuntime:
         """Continue each prompt greedily, as the runtime does."""
         return [self._call("generate", [prompt], max_new_tokens)[0] for prompt in prompts]
 
+    def render_chats(self, conversations: Sequence[Conversation]) -> list[Rendered] | None:
+        """Render conversations, as the runtime does."""
+        self._child.send(("render_chats", conversations))
+        rendered: list[Rendered] | None = self._child.receive(PATIENCE)
+        return rendered
+
     def close(self) -> None:
         """End the process."""
         self._child.close()
@@ -101,7 +108,7 @@ def _send_devices(connection: Connection, module: str) -> None:
 
 def _serve(connection: Connection, opener: Callable[..., Runtime], path: Path, options: dict[str, object]) -> None:
     runtime = opener(path, **options)
-    connection.send((runtime.name, runtime.device, runtime.vocab_size))
+    connection.send((runtime.name, runtime.device, runtime.vocab_size, runtime.ends))
     while True:
         method, *args = connection.recv()
         if method == "log_probs":

@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mka_export.errors import CheckpointError, RuntimeFailure, UsageError
+from mka_export.models.chat import Conversation, Rendered, render
 from mka_export.models.gguf_file import read_gguf
 from mka_export.parity.runtimes import Ids, LogProbs, Prefixed, Windows
 from mka_export.parity.runtimes.logits import BATCH, log_softmax, require_known, require_tokens, usable_cores
@@ -92,6 +93,7 @@ class LlamaCppRuntime:
             raise self._failure("cannot load")
         self._vocab = llama_cpp.llama_model_get_vocab(self._model)
         self.vocab_size = int(llama_cpp.llama_vocab_n_tokens(self._vocab))
+        self.ends = frozenset(i for i in range(self.vocab_size) if llama_cpp.llama_vocab_is_eog(self._vocab, i))
 
     def tokenize(self, text: str) -> list[int]:
         """Turn text into ids; see the class for what comes before the text."""
@@ -148,6 +150,15 @@ class LlamaCppRuntime:
         """Continue each prompt greedily, up to a token that the file marks as ending generation."""
         return [self._continue(np.asarray(prompt, dtype=np.int64), max_new_tokens) for prompt in prompts]
 
+    def render_chats(self, conversations: Sequence[Conversation]) -> list[Rendered] | None:
+        """Render conversations by the file's template, with the tokens that llama.cpp's own programs fill in."""
+        template = llama_cpp.llama_model_chat_template(self._model, None)  # empty in a file of a model without one
+        if not template:
+            return None
+        ids = {name: getattr(llama_cpp, f"llama_vocab_{name}")(self._vocab) for name in ("bos", "eos")}
+        special = {f"{name}_token": self.detokenize([i]) if i >= 0 else "" for name, i in ids.items()}
+        return render(template.decode("utf-8", "replace"), special, conversations)
+
     def close(self) -> None:
         """Free the model."""
         self._free_context()
@@ -163,7 +174,7 @@ class LlamaCppRuntime:
         new: list[int] = []
         while len(new) < max_new_tokens:
             token = int(logits[-1].argmax())
-            if llama_cpp.llama_vocab_is_eog(self._vocab, token):
+            if token in self.ends:
                 break
             new.append(token)
             logits = self._decode(np.array([token]), len(prompt) + len(new) - 1, every=False)

@@ -11,6 +11,7 @@ import onnxruntime
 from numpy.typing import NDArray
 
 from mka_export.errors import RuntimeFailure
+from mka_export.models.chat import Conversation, Rendered, render, template_of
 from mka_export.parity.runtimes import LogProbs, Prefixed, Windows
 from mka_export.parity.runtimes.logits import BATCH, log_softmax, require_known, require_tokens, usable_cores
 from mka_export.parity.runtimes.onnx_folder import OnnxFolder
@@ -42,7 +43,7 @@ class OnnxRuntime:
         self._folder = OnnxFolder.open(path)
         if device == "auto":
             device = devices()[-1]
-        self.vocab_size, self.device = self._folder.vocab_size, device
+        self.vocab_size, self.device, self.ends = self._folder.vocab_size, device, self._folder.ends
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads or usable_cores()
         options.log_severity_level = 3  # errors
@@ -99,6 +100,12 @@ class OnnxRuntime:
         """Continue each prompt greedily, up to a token that the folder names as the end of a text."""
         return [self._continue(np.asarray(prompt, dtype=np.int64), max_new_tokens) for prompt in prompts]
 
+    def render_chats(self, conversations: Sequence[Conversation]) -> list[Rendered] | None:
+        """Render conversations by the template in the folder."""
+        tokenizer = self._folder.tokenizer
+        template = template_of(tokenizer)
+        return render(template, tokenizer.special_tokens_map, conversations) if template else None
+
     def close(self) -> None:
         """Free the model."""
         del self._session
@@ -107,7 +114,7 @@ class OnnxRuntime:
         require_tokens(prompt)
         new: list[int] = []
         logits, cache = self._run(prompt, 0, self._empty)
-        while len(new) < max_new_tokens and (token := int(logits[-1].argmax())) not in self._folder.ends:
+        while len(new) < max_new_tokens and (token := int(logits[-1].argmax())) not in self.ends:
             new.append(token)
             if len(new) < max_new_tokens:
                 logits, cache = self._run(np.array([token]), len(prompt) + len(new) - 1, cache)

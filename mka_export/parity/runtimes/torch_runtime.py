@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from mka_export.errors import RuntimeFailure
+from mka_export.models.chat import Conversation, Rendered, render_apart, template_of
 from mka_export.models.checkpoint import Checkpoint, read_json
 from mka_export.models.prefixed import last_states
 from mka_export.models.runner import LayerRunner
@@ -44,8 +45,8 @@ class TorchRuntime:
         checkpoint = Checkpoint.open(path)
         self._runner = LayerRunner(checkpoint, device)
         self._tokenizer = load_tokenizer(path)
-        self._progress = progress
-        self._ends = _end_ids(checkpoint, self._tokenizer.eos_token_id)
+        self._path, self._progress = path, progress
+        self.ends = _end_ids(checkpoint, self._tokenizer.eos_token_id)
         self._last: tuple[Windows, Tensor] | None = None
         self.device = str(self._runner.device)
         self.vocab_size = checkpoint.vocab_size
@@ -105,7 +106,7 @@ class TorchRuntime:
             found = self._next({i: [*prompts[i], *new[i]] for i in guesses}, guesses)
             for i, guess in guesses.items():
                 for token, guessed in zip(found[i], [*guess, None], strict=True):
-                    if token in self._ends:
+                    if token in self.ends:
                         running.remove(i)
                         break
                     new[i].append(token)
@@ -114,6 +115,11 @@ class TorchRuntime:
                 if len(new[i]) == max_new_tokens:
                     running.discard(i)
         return new
+
+    def render_chats(self, conversations: Sequence[Conversation]) -> list[Rendered] | None:
+        """Render conversations by the checkpoint's template, in a process of its own."""
+        template, special = template_of(self._tokenizer), self._tokenizer.special_tokens_map
+        return render_apart(self._path.name, template, special, conversations) if template else None
 
     def close(self) -> None:
         """Let go of the states."""
@@ -155,10 +161,12 @@ def devices() -> list[str]:
     return [f"cpu ({torch.get_num_threads()} threads)", *cuda]
 
 
-def _end_ids(checkpoint: Checkpoint, tokenizer_end: int | None) -> set[int]:
+def _end_ids(checkpoint: Checkpoint, tokenizer_end: int | None) -> frozenset[int]:
     """Return every id that config, generation config or tokenizer name as the end of a text."""
     generation = checkpoint.path / "generation_config.json"
     named = [tokenizer_end, checkpoint.config.get("eos_token_id")]
     if generation.is_file():
         named.append(read_json(generation).get("eos_token_id"))
-    return {i for entry in named for i in (entry if isinstance(entry, list) else [entry]) if isinstance(i, int)}
+    return frozenset(
+        i for entry in named for i in (entry if isinstance(entry, list) else [entry]) if isinstance(i, int)
+    )
