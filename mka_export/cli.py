@@ -17,6 +17,7 @@ from mka_export.options import (
     CompareOptions,
     ConvertOptions,
     DeviceOptions,
+    EvalOptions,
     HealOptions,
     LimitOptions,
     MergeOptions,
@@ -159,6 +160,19 @@ def check(artifact: Path, against: str, **groups: Any) -> None:
     from mka_export.pipeline.check import check as measure
 
     sys.exit(measure(artifact, against, **groups))
+
+
+@main.command("eval")
+@click.argument("out_or_artifact", type=click.Path(path_type=Path))
+@options(chosen=EvalOptions, device=DeviceOptions, output=OutputOptions)
+def evaluate(out_or_artifact: Path, **groups: Any) -> None:
+    """Evaluate artifacts, and the model they came from, on tasks of lm-evaluation-harness; prints a table.
+
+    OUT_OR_ARTIFACT is an output folder (all its artifacts), a .gguf file or an ONNX folder.
+    """
+    from mka_export.pipeline.evaluation import evaluate as run_tasks
+
+    sys.exit(run_tasks(out_or_artifact, **groups))
 
 
 @main.command()
