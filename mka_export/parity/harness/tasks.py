@@ -61,12 +61,12 @@ class Tasks:
         self._shots, self._limit, self._quiet = shots, limit, quiet
         if include is not None and not include.is_dir():
             raise UsageError(f"--include {include} is no folder", "Give the folder with the task files.")
-        folder = include and str(include)
+        self._folder = include and str(include)
         with self._said_in_a_line("its tasks"):
             # Reading all of the harness's 14 000 files takes seconds, which tasks in a folder can do without.
-            self._manager = TaskManager(include_path=folder, include_defaults=False)
-            if not set(names) <= set(self._manager.all_subtasks):
-                self._manager = TaskManager(include_path=folder)
+            self._manager = TaskManager(include_path=self._folder, include_defaults=False)
+            if not set(names) <= set(self._manager.all_tasks):
+                self._manager = TaskManager(include_path=self._folder)
         for name in names:
             if name not in self._manager.all_tasks:
                 near = get_close_matches(name, self._manager.all_tasks, n=1)
@@ -81,7 +81,11 @@ class Tasks:
         """
         digest = hashlib.sha256()
         with self._said_in_a_line(f"task {name}"):
-            found = self._manager.load([name])
+            try:
+                found = self._manager.load([name])
+            except KeyError:  # a group in the folder whose tasks are not
+                self._manager = TaskManager(include_path=self._folder)
+                found = self._manager.load([name])
             for each, task in sorted(found["tasks"].items()):
                 own = task.get_config("num_fewshot")
                 task.set_config("num_fewshot", (own or 0) if self._shots is None or own == 0 else self._shots)

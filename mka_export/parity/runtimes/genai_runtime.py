@@ -49,7 +49,7 @@ class GenaiRuntime:
         """Yield, window by window, (tokens, vocabulary) log-probabilities; row t is for token t + 1."""
         for window in windows:
             generator, out = (
-                self._generator(len(window) + 1),
+                self._generator(len(window)),
                 np.empty((len(window), self.vocab_size), dtype=np.float32),
             )
             for start in range(0, len(window), BATCH):
