@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from mka_export.data import load_json, value_of
+from mka_export.data import load_json
 from mka_export.errors import MkaError, RuntimeFailure, UsageError
-from mka_export.hashes import file_sha256, files_in
+from mka_export.hashes import file_sha256
 from mka_export.models.checkpoint import Checkpoint, read_json
 from mka_export.models.sources import Source, cache_folder, fetch, resolve
 from mka_export.options import DeviceOptions, EvalOptions, OutputOptions
@@ -23,11 +23,13 @@ from mka_export.parity.harness import PACKAGES, require_harness
 from mka_export.parity.harness.frame import Frame
 from mka_export.parity.harness.paired import paired
 from mka_export.parity.runtimes import ONNX_CONFIG, RUNTIME_PACKAGES, Runtime, open_runtime
-from mka_export.pipeline.export import ARTIFACT
-from mka_export.pipeline.export import RESULT as PARITY_RESULT
-from mka_export.pipeline.job import PARITY, stem, versions
+from mka_export.pipeline.check import find
+from mka_export.pipeline.job import PARITY, versions
+from mka_export.pipeline.measured import FACTS
+from mka_export.pipeline.measuring import runtime_options
 from mka_export.progress import Progress
 from mka_export.report import print_evaluation, with_nulls
+from mka_export.target import Limits
 from mka_export.workspace import MANIFEST, RECORD, Workspace, check_ours, write_atomically, write_json
 
 if TYPE_CHECKING:
@@ -37,7 +39,6 @@ FORMAT = "mka-export/evaluation"
 EVAL = "eval"  # the folder of the stages
 RESULT, EVALUATION = "result.json", "evaluation.json"
 NO_MODEL = "none"  # --against
-KINDS = "Give an output folder of mka-export, a .gguf file, or an ONNX folder."
 
 
 @dataclass(frozen=True)
@@ -81,10 +82,10 @@ class Evaluation:
         self._path, self._chosen, self._device, self._output = path, chosen, device, output
         self._progress = Progress(quiet=output.quiet)
         self._ours = (path / MANIFEST).is_file()
-        self._artifacts = list(_made_in(path)) if self._ours else [_artifact(path.resolve().stem, path)]
+        self._artifacts = list(_made_in(path)) if self._ours else [_artifact(path)]
         if not self._artifacts:
             raise UsageError(f"{path} holds no artifact", "Make one there: mka-export convert MODEL --to gguf-q4.")
-        self._out = output.out or (path if self._ours else Path(f"{stem(path.resolve().name)}-eval"))
+        self._out = output.out or (path if self._ours else Path(f"{self._artifacts[0].name}-eval"))
         check_ours(self._out)
         self._source = self._original_source()
 
@@ -111,12 +112,11 @@ class Evaluation:
         if self._chosen.against is not None:
             wanted = self._chosen.against
             return None if wanted == NO_MODEL else resolve(wanted, revision=self._output.revision)
-        about = _about(self._path) if self._ours else {}
-        if "source" not in about:
-            return None
-        source = value_of(about, "source", dict)
-        name = about["model"] if source["kind"] == "wheel" else source["id"]
-        return resolve(name, revision=source.get("revision"))
+        match _about(self._path) if self._ours else {}:
+            case {"model": str(name), "source": {"kind": str(kind), "id": str(place), **more}}:
+                revision = str(more["revision"]) if kind == "hub" else None
+                return resolve(name if kind == "wheel" else place, revision=revision)
+        return None
 
     @cached_property
     def _original(self) -> Subject | None:
@@ -133,11 +133,7 @@ class Evaluation:
 
             @cache
             def runtime() -> Runtime:
-                options = (
-                    {"gpu_layers": self._device.gpu_layers}
-                    if subject.runtime == "llama.cpp"
-                    else {"device": self._device.device}
-                )
+                options = runtime_options(subject.runtime, self._device)
                 return stack.enter_context(closing(open_runtime(subject.runtime, subject.path, **options)))
 
             try:
@@ -204,23 +200,19 @@ def _differences(original: Mapping[str, Any], model: Mapping[str, Any]) -> Itera
 
 def _made_in(folder: Path) -> Iterator[Subject]:
     """Yield the artifacts of an output folder, each in the runtime that it was measured in, if it was."""
-    for record in sorted(folder.glob(f"*/{ARTIFACT}")):
-        stage = record.parent
-        if (stage / RECORD).is_file():
-            found = _artifact(stage.name, stage / read_json(record)["path"])
-            measured = folder / PARITY / stage.name / PARITY_RESULT
-            runtime = read_json(measured)["runtime"]["name"] if measured.is_file() else found.runtime
-            yield replace(found, runtime=runtime)
+    for record in sorted(folder.glob(f"[!.]*/{RECORD}")):
+        stage, measured = record.parent, folder / PARITY / record.parent.name / FACTS
+        for path in sorted(stage.iterdir()):
+            if path.suffix.lower() == ".gguf" or (path / ONNX_CONFIG).is_file():
+                subject = replace(_artifact(path), name=stage.name)
+                if measured.is_file():
+                    subject = replace(subject, runtime=read_json(measured)["runtime"]["name"])
+                yield subject
 
 
-def _artifact(name: str, path: Path) -> Subject:
-    if path.is_file() and path.suffix.lower() == ".gguf":
-        return Subject(name, "llama.cpp", path, {path.name: file_sha256(path)})
-    if (path / ONNX_CONFIG).is_file():
-        return Subject(
-            name, "onnxruntime", path, {inside: file_sha256(file) for inside, file in files_in(path).items()}
-        )
-    raise UsageError(f"{path} is no output folder of mka-export, and no artifact", KINDS)
+def _artifact(path: Path) -> Subject:
+    found = find(path, Limits())
+    return Subject(found.name, found.runtime, path, {name: file_sha256(file) for name, file in found.files.items()})
 
 
 def _about(folder: Path) -> dict[str, Any]:

@@ -65,7 +65,7 @@ def test_refused_no_artifact(kind, folder, tmp_path, refused):
         path.write_text("text") if "file" in kind else path.mkdir()
     refused(
         ["eval", path, "--tasks", "mine", "--include", folder],
-        "no output folder of mka-export, and no artifact",
+        "no .gguf file and no ONNX folder",
         code=2,
     )
 

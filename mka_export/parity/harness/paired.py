@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from scipy import stats
 
-from mka_export.parity.statistics import CONFIDENCE, Interval
+from mka_export.parity.statistics import Interval, mcnemar, paired_change
 
 
 @dataclass(frozen=True)
@@ -34,17 +32,10 @@ class Paired:
 
 
 def paired(original: Sequence[int], artifact: Sequence[int]) -> Paired:
-    """Compare answers to the same documents, in the same order.
-
-    The test is exact: of the documents that changed, half are gained (McNemar 1947, doi:10.1007/BF02295996). The interval is
-    Wald's with half a document more in each cell of the table, which holds for few documents too (Agresti and Min 2005,
-    doi:10.1002/sim.1781).
-    """
+    """Compare answers, 0 or 1, to the same documents, in the same order."""
     before, after = np.asarray(original), np.asarray(artifact)
     lost, gained = int(((before == 1) & (after == 0)).sum()), int(((before == 0) & (after == 1)).sum())
-    p = float(stats.binomtest(gained, lost + gained).pvalue) if lost + gained else 1.0
-    n, more, less = len(before) + 2, gained + 0.5, lost + 0.5
-    centre = (more - less) / n
-    reach = stats.norm.ppf((1 + CONFIDENCE) / 2) * math.sqrt(more + less - (more - less) ** 2 / n) / n
-    difference = Interval(float(after.mean() - before.mean()), max(-1.0, centre - reach), min(1.0, centre + reach))
-    return Paired(len(before), float(before.mean()), float(after.mean()), difference, lost, gained, p)
+    difference = paired_change(gained, lost, len(before))
+    return Paired(
+        len(before), float(before.mean()), float(after.mean()), difference, lost, gained, mcnemar(gained, lost)
+    )
