@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,16 +13,13 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from mka_export.errors import UnsupportedError
 from mka_export.parity.harness.frame import Frame
-from mka_export.parity.runtimes import LogProbs, Runtime
+from mka_export.parity.runtimes import Ids, LogProbs, Prefixed, Runtime
 from mka_export.progress import Progress
 
-BATCH_TOKENS = 8192  # through the layers of a checkpoint at a time
-PADDING = 0.1  # of a batch at most: the runtimes that take window by window compute it in vain
 ROLLING = 2048  # tokens of a rolling window at most: all their log-probabilities are in memory
 NEW_TOKENS = 256  # where a task does not say how many, as in the harness
 FIRST_TOKENS = 16  # generated before the stop strings are looked for; then twice as many
 
-Ids = tuple[int, ...]
 LogLikelihood = tuple[float, bool]  # of the continuation, in nats; whether it is what greedy decoding gives
 
 
@@ -38,7 +35,7 @@ class RuntimeLM(TemplateLM):  # type: ignore[misc]  # the package has no types
         progress: where the requests are counted.
 
     Attributes:
-        tokens: how many tokens were evaluated, padding not counted.
+        tokens: how many were evaluated.
     """
 
     def __init__(self, runtime: Runtime, frame: Frame, progress: Progress) -> None:
@@ -113,10 +110,11 @@ class RuntimeLM(TemplateLM):  # type: ignore[misc]  # the package has no types
     ) -> list[LogLikelihood]:
         """Return the log-likelihood of each continuation: requests are (anything, context's ids, continuation's ids).
 
-        Requests that differ in the last token only, as the letters of a multiple choice, are one pass.
+        What the choices of a question begin with goes through the model once; those that differ in the last token only, as
+        letters do, are one pass.
         """
         found: list[LogLikelihood] = [(0.0, True)] * len(requests)  # of an empty continuation
-        sharing: dict[Ids, list[int]] = {}
+        asked: dict[Ids, dict[Ids, list[int]]] = {}  # how texts begin -> how they go on -> the requests
         for i, (_anything, context, continuation) in enumerate(requests):
             if len(continuation) > self._frame.context:
                 raise UnsupportedError(
@@ -125,39 +123,27 @@ class RuntimeLM(TemplateLM):  # type: ignore[misc]  # the package has no types
                     "Choose another task.",
                 )
             if continuation:
-                sharing.setdefault(tuple([*context, *continuation][-self._frame.context - 1 : -1]), []).append(i)
+                ids = tuple([*context, *continuation][-self._frame.context - 1 : -1])
+                start = len(ids) - len(continuation)
+                asked.setdefault(ids[:start], {}).setdefault(ids[start:], []).append(i)
+        texts = [Prefixed(prefix, tuple(rests)) for prefix, rests in asked.items()]
+        texts.sort(key=_longest, reverse=True)  # what a runtime makes room for once does for the others
+        self.tokens += sum(len(text.prefix) + sum(map(len, text.rests)) for text in texts)
+        rows = self._runtime.rest_log_probs(texts)
         with self._progress.task("log-likelihoods", len(requests)) as task:
-            for ids, rows in self._rows(sharing):
-                for i in sharing[ids]:
-                    found[i] = _likelihood(rows, requests[i][2])
-                task.advance(len(sharing[ids]))
+            for text in texts:
+                for rest, after in zip(text.rests, rows, strict=False):
+                    for i in asked[text.prefix][rest]:
+                        found[i] = _likelihood(after, requests[i][2])
+                        task.advance()
         return found
 
-    def _rows(self, windows: Iterable[Ids]) -> Iterator[tuple[Ids, LogProbs]]:
-        """Yield each window with the log-probabilities after each of its tokens (tokens, vocabulary), longest first."""
-        for batch in _batches(sorted(windows, key=len, reverse=True)):
-            # Padding goes on the right, where a causal model does not see it.
-            padded = np.zeros((len(batch), len(batch[0])), dtype=np.int64)
-            for row, ids in zip(padded, batch, strict=True):
-                row[: len(ids)] = ids
-            for ids, rows in zip(batch, self._runtime.log_probs(padded), strict=True):
-                self.tokens += len(ids)
-                yield ids, rows[: len(ids)]
 
-
-def _batches(windows: Sequence[Ids]) -> Iterator[list[Ids]]:
-    """Cut windows, longest first, into batches that are as good as filled when padded to their first."""
-    batch: list[Ids] = []
-    for ids in windows:
-        if batch and ((len(batch) + 1) * len(batch[0]) > BATCH_TOKENS or len(ids) < (1 - PADDING) * len(batch[0])):
-            yield batch
-            batch = []
-        batch.append(ids)
-    if batch:
-        yield batch
+def _longest(text: Prefixed) -> int:
+    return len(text.prefix) + max(map(len, text.rests))
 
 
 def _likelihood(rows: LogProbs, continuation: Sequence[int]) -> LogLikelihood:
-    rows = rows[-len(continuation) :]
+    """Return what ``rows`` (tokens, vocabulary) say of a continuation, whose first token comes after the first row's."""
     chosen = rows[np.arange(len(rows)), continuation]
     return float(chosen.sum(dtype=np.float64)), bool((rows.argmax(axis=1) == continuation).all())

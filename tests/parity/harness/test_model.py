@@ -11,7 +11,7 @@ from parity_fakes import FakeRuntime
 from mka_export.errors import UnsupportedError
 from mka_export.parity.harness.frame import Frame
 from mka_export.parity.harness.model import RuntimeLM
-from mka_export.parity.runtimes import open_runtime
+from mka_export.parity.runtimes import Prefixed, open_runtime
 from mka_export.progress import Progress
 
 PAIRS = [
@@ -94,24 +94,27 @@ def test_bos_stands_before_every_text_where_the_tokenizer_puts_one():
 class Counting(FakeRuntime):
     def __init__(self):
         super().__init__([0.1, 0.2, 0.3, 0.4], 4, ["<s>", "a", "b", "c"])
-        self.passes, self.asked = 0, []
+        self.read, self.asked = [], []
 
-    def log_probs(self, windows):
-        self.passes += len(windows)
-        return super().log_probs(windows)
+    def rest_log_probs(self, texts):
+        self.read += texts
+        return super().rest_log_probs(texts)
 
     def generate(self, prompts, max_new_tokens):
         self.asked.append(max_new_tokens)
         return [[3] * max_new_tokens for _ in prompts]
 
 
-def test_choices_of_one_token_are_one_pass():
+def test_what_choices_begin_with_is_read_once_and_letters_are_one_pass():
     runtime = Counting()
     model = RuntimeLM(runtime, Frame(None, 0, 16), Progress(quiet=True))
-    found = model._loglikelihood_tokens([(None, [1, 2], [answer]) for answer in range(4)] + [(None, [1], [2, 2])])
-    assert runtime.passes == 1, "both contexts with all but the last token of the continuation are the same ids"
-    np.testing.assert_allclose([each[0] for each in found], np.log([0.1, 0.2, 0.3, 0.4, 0.09]), rtol=1e-5)
-    assert [each[1] for each in found] == [False, False, False, True, False]
+    letters = [(None, [1, 2], [answer]) for answer in range(4)]
+    words = [(None, [3, 2, 1], [2, 2]), (None, [3, 2, 1], [3, 1, 3])]
+    found = model._loglikelihood_tokens([*letters, *words, (None, [1], [])])
+    assert runtime.read == [Prefixed((3, 2), ((1, 2), (1, 3, 1))), Prefixed((1,), ((2,),))]
+    assert model.tokens == 7 + 2
+    np.testing.assert_allclose([each[0] for each in found], np.log([0.1, 0.2, 0.3, 0.4, 0.09, 0.032, 1]), rtol=1e-5)
+    assert [each[1] for each in found] == [False, False, False, True, False, False, True]
 
 
 def test_generation_stops_soon_after_a_stop_string_and_at_the_limit():
