@@ -18,6 +18,7 @@ from mka_export.options import (
     CompareOptions,
     ConvertOptions,
     DeviceOptions,
+    EvalOptions,
     HealOptions,
     LimitOptions,
     MergeOptions,
@@ -182,6 +183,19 @@ def report(folders: tuple[Path, ...], merge: bool, out: Path | None, as_json: bo
     if merge:
         sys.exit(join(folders, out, as_json=as_json, quiet=quiet))
     sys.exit(renew(folders, out, as_json=as_json, quiet=quiet))
+
+
+@main.command("eval")
+@click.argument("out_or_artifact", type=click.Path(path_type=Path))
+@options(chosen=EvalOptions, device=DeviceOptions, output=OutputOptions)
+def evaluate(out_or_artifact: Path, **groups: Any) -> None:
+    """Evaluate artifacts, and the model they came from, on tasks of lm-evaluation-harness; prints a table.
+
+    OUT_OR_ARTIFACT is an output folder (all its artifacts), a .gguf file or an ONNX folder.
+    """
+    from mka_export.pipeline.evaluation import evaluate as run_tasks
+
+    sys.exit(run_tasks(out_or_artifact, **groups))
 
 
 @main.command()

@@ -201,6 +201,27 @@ class CompareOptions:
 
 
 @dataclass(frozen=True)
+class EvalOptions:
+    """Which tasks to evaluate on, and what to compare with."""
+
+    tasks: str = option("", "Tasks of lm-evaluation-harness, with commas between.", type=str)
+    include: Path | None = option(
+        None,
+        "Folder with more task files; Python functions that they name are run.",
+        type=click.Path(path_type=Path),
+    )
+    limit: int | None = option(None, "Documents of each task. Default: all.", type=click.IntRange(min=1))
+    shots: int | None = option(
+        None, "Examples before each question. Default: as the task says.", type=click.IntRange(min=0)
+    )
+    against: str | None = option(
+        None,
+        "The model to compare with, as MODEL elsewhere, or none. Default: the one that OUT was made from.",
+        type=str,
+    )
+
+
+@dataclass(frozen=True)
 class ConvertOptions:
     """What to make."""
 

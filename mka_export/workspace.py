@@ -82,7 +82,7 @@ class Workspace:
             ) from error
         if not (self.path / MANIFEST).exists():
             self.write_manifest({})
-        for folder in (self.path, *(p.parent for p in self.path.glob("*/.*.making"))):  # stages may lie one deeper
+        for folder in (self.path, *(p.parent for p in self.path.rglob(".*.making"))):  # stages may lie deeper
             clear_scratch(folder)
         return self
 

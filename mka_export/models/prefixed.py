@@ -17,7 +17,13 @@ Group = tuple[Sequence[int], Sequence[Sequence[int]]]  # what the texts begin wi
 
 
 def last_states(runner: LayerRunner, groups: Sequence[Group], progress: Progress) -> Iterator[Tensor]:
-    """Yield the states (texts, hidden) of each text's last token after the last layer: in order, some texts at a time.
+    """Yield what ``rest_states`` does of each text's last token: (texts, hidden), some texts at a time."""
+    for texts in rest_states(runner, groups, progress):
+        yield torch.stack([states[-1] for states in texts])
+
+
+def rest_states(runner: LayerRunner, groups: Sequence[Group], progress: Progress) -> Iterator[list[Tensor]]:
+    """Yield the states after the last layer, behind what the texts begin with: in order, (T, hidden) each, some at a time.
 
     A group that is too large for memory is cut, and what its texts begin with goes through once for each part. How the texts of a group go on is padded on the right, to the longest of a batch of similar lengths: a causal model
     does not see it.
@@ -27,7 +33,7 @@ def last_states(runner: LayerRunner, groups: Sequence[Group], progress: Progress
 
 
 def pass_bytes(model: Outline) -> int:
-    """Return the memory that ``last_states`` takes at most, but for a prefix of more than ``BATCH_TOKENS`` tokens."""
+    """Return the memory that ``rest_states`` takes at most, but for a prefix of more than ``BATCH_TOKENS`` tokens."""
     return STATE_BYTES + layer_pass_bytes(model)
 
 
@@ -72,15 +78,12 @@ class _States:
             after = [(batch, runner.run_rests(index, weights, states, cache)) for batch, states in self._batches]
         self._batches = after
 
-    def last(self) -> Tensor:
-        found = torch.empty(len(self._lengths), self._batches[0][1].shape[-1])
-        for batch, states in self._batches:
-            for row, i in zip(states, batch, strict=True):
-                found[i] = row[self._lengths[i] - 1]
-        return found
+    def rests(self) -> list[Tensor]:
+        found = {i: row for batch, states in self._batches for row, i in zip(states, batch, strict=True)}
+        return [found[i][:length] for i, length in enumerate(self._lengths)]
 
 
-def _run(runner: LayerRunner, groups: Sequence[Group], progress: Progress) -> list[Tensor]:
+def _run(runner: LayerRunner, groups: Sequence[Group], progress: Progress) -> list[list[Tensor]]:
     states = [_States(runner, *group) for group in groups]
     layers = runner.checkpoint.num_layers
     with progress.task(f"{runner.checkpoint.path.name}, layer by layer", layers * len(states)) as task:
@@ -89,4 +92,4 @@ def _run(runner: LayerRunner, groups: Sequence[Group], progress: Progress) -> li
             for each in states:
                 each.pass_through(index, weights)
                 task.advance()
-    return [each.last() for each in states]
+    return [each.rests() for each in states]

@@ -13,6 +13,7 @@ from mka_export.models.checkpoint import Checkpoint
 from mka_export.models.gguf_source import gguf_to_checkpoint
 from mka_export.models.outline import Outline
 from mka_export.models.text import sample_conversations, sample_prompts, tokenizer_corpus, tokenizer_oddities
+from mka_export.options import DeviceOptions
 from mka_export.parity.comparison import ORIGINAL, QUANTIZED, Run
 from mka_export.parity.metrics import ARTIFACT, Clock, Scores, score
 from mka_export.parity.mmlu.figures import Asked
@@ -26,6 +27,11 @@ from mka_export.workspace import publish_folder
 
 SAMPLE_TOKENS = 32
 GGUF_RUNTIME = "llama.cpp"
+
+
+def runtime_options(name: str, device: DeviceOptions) -> dict[str, Any]:
+    """Return what ``open_runtime`` is told about devices."""
+    return {"gpu_layers": device.gpu_layers} if name == GGUF_RUNTIME else {"device": device.device}
 
 
 @dataclass(frozen=True)
@@ -186,11 +192,8 @@ class Measuring:
 
     def _open(self, subject: Subject) -> Runtime:
         """Open an artifact in its runtime, on the device that was asked for."""
-        name, device = subject.target.runtime, self._job.device
-        options: dict[str, Any] = (
-            {"gpu_layers": device.gpu_layers} if name == GGUF_RUNTIME else {"device": device.device}
-        )
-        return open_runtime(name, subject.artifact.path, **options)
+        name = subject.target.runtime
+        return open_runtime(name, subject.artifact.path, **runtime_options(name, self._job.device))
 
     def _compare_tokenizers(self, runtime: Runtime, facts: dict[str, Any]) -> None:
         reference, corpus = self._job.reference, [*tokenizer_corpus(), self._job.evaluation_text]

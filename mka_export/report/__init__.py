@@ -1,12 +1,14 @@
 """What came of it, for people and for machines."""
 
 from mka_export.report.document import valid_report, with_nulls, write_report
+from mka_export.report.evaluation import print_evaluation
 from mka_export.report.machine import print_forecast, print_machine
 from mka_export.report.methods import draw_methods, print_methods
 from mka_export.report.terminal import print_loss, print_report
 
 __all__ = [
     "draw_methods",
+    "print_evaluation",
     "print_forecast",
     "print_loss",
     "print_machine",

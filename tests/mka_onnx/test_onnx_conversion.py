@@ -87,6 +87,9 @@ def test_tokens_after_texts_that_begin_alike_are_as_likely_as_by_transformers(ru
     rows = [torch.tensor([[*text.prefix, *rest]]) for text in texts for rest in text.rests]
     expected = torch.cat([torch.log_softmax(model(row).logits[:, -1], dim=-1)[:, [5, 9]] for row in rows])
     np.testing.assert_allclose(found, expected.numpy(), atol=1e-3)
+    rests = [(len(rest), row) for row, rest in zip(rows, (rest for t in texts for rest in t.rests), strict=True)]
+    for (length, row), after in zip(rests, opened.rest_log_probs(texts), strict=True):
+        np.testing.assert_allclose(after, torch.log_softmax(model(row).logits[0, -length:], dim=-1), atol=1e-3)
 
 
 @pytest.mark.parametrize("runtime", RUNTIMES)

@@ -42,6 +42,11 @@ class FakeRuntime:
             last = [next(self.log_probs(np.array([row])))[-1] for row in rows]
             yield np.stack(last)[:, list(tokens)]
 
+    def rest_log_probs(self, texts: Sequence[Prefixed]) -> Iterator[LogProbs]:
+        for text in texts:
+            for rest in text.rests:
+                yield next(self.log_probs(np.array([[*text.prefix, *rest]])))[-len(rest) :]
+
     def generate(self, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> list[list[int]]:
         return [[0] * max_new_tokens for _ in prompts]
 

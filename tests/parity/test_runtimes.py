@@ -251,3 +251,15 @@ def test_tokens_after_texts_that_begin_alike_are_as_likely_as_by_transformers(
     expected = torch.cat([torch.log_softmax(model(row).logits[:, -1], dim=-1)[:, [5, 9, 4]] for row in rows]).numpy()
     assert found.shape == expected.shape == (43, 3)
     np.testing.assert_allclose(found, expected, atol=1e-4 if runtime.name == "torch" else 2e-2)
+
+
+@torch.no_grad()
+def test_how_texts_that_begin_alike_go_on_is_as_likely_as_by_transformers(
+    runtime: Runtime, model: torch.nn.Module, texts: list[Prefixed]
+) -> None:
+    found = list(runtime.rest_log_probs(texts))
+    rests = [(text.prefix, rest) for text in texts for rest in text.rests]
+    assert [rows.shape for rows in found] == [(len(rest), runtime.vocab_size) for _, rest in rests]
+    for (prefix, rest), rows in zip(rests, found, strict=True):
+        expected = torch.log_softmax(model(torch.tensor([[*prefix, *rest]])).logits[0, len(prefix) :], dim=-1)
+        np.testing.assert_allclose(rows, expected.numpy(), atol=1e-4 if runtime.name == "torch" else 3e-2)

@@ -74,6 +74,15 @@ class Runtime(Protocol):
             RuntimeFailure: the runtime cannot run the model.
         """
 
+    def rest_log_probs(self, texts: Sequence[Prefixed]) -> Iterator[LogProbs]:
+        """Yield, text by text, the log-probabilities after each token of how it goes on: as ``log_probs``, for these only.
+
+        What the texts of a group begin with is computed once, and its key-value state used for all of them.
+
+        Raises:
+            RuntimeFailure: the runtime cannot run the model.
+        """
+
     def generate(self, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> list[list[int]]:
         """Continue each prompt greedily; stops after an end-of-text token (not returned)."""
 

@@ -51,15 +51,7 @@ class GenaiRuntime:
     def log_probs(self, windows: Windows) -> Iterator[LogProbs]:
         """Yield, window by window, (tokens, vocabulary) log-probabilities; row t is for token t + 1."""
         for window in windows:
-            generator, out = (
-                self._generator(len(window) + 1),
-                np.empty((len(window), self.vocab_size), dtype=np.float32),
-            )
-            for start in range(0, len(window), BATCH):
-                part = slice(start, start + BATCH)
-                out[part] = self._append(generator, window[part])
-                log_softmax(out[part])
-            yield out
+            yield self._rows(self._generator(len(window)), window)
 
     def next_log_probs(self, texts: Sequence[Prefixed], tokens: Sequence[int]) -> Iterator[LogProbs]:
         """Yield the log-probabilities (1, tokens) of ``tokens`` right after each text.
@@ -67,15 +59,23 @@ class GenaiRuntime:
         The generator is taken back to the prefix after each.
         """
         for text in texts:
-            generator = self._generator(len(text.prefix) + max(map(len, text.rests)) + 1)
-            prefix = np.array(text.prefix, dtype=np.int64)
-            for start in range(0, len(prefix), BATCH):
-                self._append(generator, prefix[start : start + BATCH])
+            generator = self._after(text)
             for rest in text.rests:
                 last = self._append(generator, np.array(rest, dtype=np.int64))[-1:]
                 log_softmax(last)
                 yield last[:, list(tokens)]
-                generator.rewind_to(len(prefix))
+                generator.rewind_to(len(text.prefix))
+
+    def rest_log_probs(self, texts: Sequence[Prefixed]) -> Iterator[LogProbs]:
+        """Yield, text by text, (tokens, vocabulary) log-probabilities of how it goes on.
+
+        The generator is taken back to the prefix after each.
+        """
+        for text in texts:
+            generator = self._after(text)
+            for rest in text.rests:
+                yield self._rows(generator, np.array(rest, dtype=np.int64))
+                generator.rewind_to(len(text.prefix))
 
     def generate(self, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> list[list[int]]:
         """Continue each prompt greedily, up to a token that the folder names as the end of a text."""
@@ -107,6 +107,23 @@ class GenaiRuntime:
             return Rendered(self._tokenizer.apply_chat_template(json.dumps(conversation), add_generation_prompt=True))
         except Exception as error:  # its exceptions share no class
             return Rendered.refused(error)
+
+    def _after(self, text: Prefixed) -> genai.Generator:
+        """Return a generator that has read a prefix, with room for how the texts go on."""
+        generator = self._generator(len(text.prefix) + max(map(len, text.rests)))
+        prefix = np.array(text.prefix, dtype=np.int64)
+        for start in range(0, len(prefix), BATCH):
+            self._append(generator, prefix[start : start + BATCH])
+        return generator
+
+    def _rows(self, generator: genai.Generator, ids: NDArray[np.int64]) -> LogProbs:
+        """Let a generator read ``ids``, in pieces; returns log-probabilities (tokens, vocabulary)."""
+        out = np.empty((len(ids), self.vocab_size), dtype=np.float32)
+        for start in range(0, len(ids), BATCH):
+            part = slice(start, start + BATCH)
+            out[part] = self._append(generator, ids[part])
+            log_softmax(out[part])
+        return out
 
     def _generator(self, tokens: int) -> genai.Generator:
         params = genai.GeneratorParams(self._model)

@@ -56,11 +56,8 @@ class IsolatedRuntime:
     def log_probs(self, windows: Windows) -> Iterator[LogProbs]:
         """Yield, window by window, (tokens, vocabulary) log-probabilities; row t is for token t + 1."""
         for window in windows:
-            self._child.send(("log_probs", window))
-            out = np.empty((len(window), self.vocab_size), dtype=np.float32)
-            for start in range(0, len(window), ROWS):
-                out[start : start + ROWS] = self._child.receive()
-            yield out
+            self._child.send(("log_probs", window[None]))
+            yield self._rows(len(window))
 
     def next_log_probs(self, texts: Sequence[Prefixed], tokens: Sequence[int]) -> Iterator[LogProbs]:
         """Yield the log-probabilities of ``tokens`` after each text, as the runtime does, some texts at a time."""
@@ -71,6 +68,13 @@ class IsolatedRuntime:
                 piece: LogProbs = self._child.receive()
                 left -= len(piece)
                 yield piece
+
+    def rest_log_probs(self, texts: Sequence[Prefixed]) -> Iterator[LogProbs]:
+        """Yield, text by text, (tokens, vocabulary) log-probabilities of how it goes on, as the runtime does."""
+        for text in texts:
+            self._child.send(("rest_log_probs", [text]))
+            for rest in text.rests:
+                yield self._rows(len(rest))
 
     def generate(self, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> list[list[int]]:
         """Continue each prompt greedily, as the runtime does."""
@@ -85,6 +89,12 @@ class IsolatedRuntime:
     def close(self) -> None:
         """End the process."""
         self._child.close()
+
+    def _rows(self, tokens: int) -> LogProbs:
+        out = np.empty((tokens, self.vocab_size), dtype=np.float32)
+        for start in range(0, tokens, ROWS):
+            out[start : start + ROWS] = self._child.receive()
+        return out
 
     def _call(self, method: str, *args: object) -> Any:
         self._child.send((method, *args))
@@ -111,10 +121,10 @@ def _serve(connection: Connection, opener: Callable[..., Runtime], path: Path, o
     connection.send((runtime.name, runtime.device, runtime.vocab_size, runtime.ends))
     while True:
         method, *args = connection.recv()
-        if method == "log_probs":
-            (found,) = runtime.log_probs(args[0][None])
-            for start in range(0, len(found), ROWS):
-                connection.send(found[start : start + ROWS])
+        if method in ("log_probs", "rest_log_probs"):
+            for found in getattr(runtime, method)(args[0]):
+                for start in range(0, len(found), ROWS):
+                    connection.send(found[start : start + ROWS])
         elif method == "next_log_probs":
             for piece in runtime.next_log_probs([args[0]], args[1]):
                 connection.send(piece)

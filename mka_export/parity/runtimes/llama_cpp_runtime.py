@@ -122,12 +122,7 @@ class LlamaCppRuntime:
         """
         for window in windows:
             self._start(len(window))
-            out = np.empty((len(window), self.vocab_size), dtype=np.float32)
-            for start in range(0, len(window), BATCH):
-                part = slice(start, start + BATCH)
-                out[part] = self._decode(window[part], start, every=True)
-                log_softmax(out[part])
-            yield out
+            yield self._log_probs(window, 0)
 
     def next_log_probs(self, texts: Sequence[Prefixed], tokens: Sequence[int]) -> Iterator[LogProbs]:
         """Yield the log-probabilities of ``tokens`` right after each text, ``SEQUENCES`` texts of a group at a time.
@@ -138,13 +133,23 @@ class LlamaCppRuntime:
             parts = [text.rests[i : i + SEQUENCES] for i in range(0, len(text.rests), SEQUENCES)]
             room = len(text.prefix) + max(sum(map(len, part)) for part in parts)
             self._start(room, 1 + min(SEQUENCES, len(text.rests)))
-            prefix = np.array(text.prefix, dtype=np.int64)
-            for start in range(0, len(prefix), BATCH):
-                self._decode(prefix[start : start + BATCH], start, every=False)
+            self._read(text.prefix)
             for part in parts:
-                logits = self._ends_of(part, len(prefix))
+                logits = self._ends_of(part, len(text.prefix))
                 log_softmax(logits)
                 yield logits[:, list(tokens)]
+
+    def rest_log_probs(self, texts: Sequence[Prefixed]) -> Iterator[LogProbs]:
+        """Yield, text by text, (tokens, vocabulary) log-probabilities of how it goes on.
+
+        The cache is taken back to the prefix after each.
+        """
+        for text in texts:
+            self._start(len(text.prefix) + max(map(len, text.rests)))
+            self._read(text.prefix)
+            for rest in text.rests:
+                yield self._log_probs(np.array(rest, dtype=np.int64), len(text.prefix))
+                llama_cpp.llama_memory_seq_rm(llama_cpp.llama_get_memory(self._context), PREFIX, len(text.prefix), -1)
 
     def generate(self, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> list[list[int]]:
         """Continue each prompt greedily, up to a token that the file marks as ending generation."""
@@ -179,6 +184,21 @@ class LlamaCppRuntime:
             new.append(token)
             logits = self._decode(np.array([token]), len(prompt) + len(new) - 1, every=False)
         return new
+
+    def _read(self, prefix: Ids) -> None:
+        """Put a prefix into the empty cache."""
+        ids = np.array(prefix, dtype=np.int64)
+        for start in range(0, len(ids), BATCH):
+            self._decode(ids[start : start + BATCH], start, every=False)
+
+    def _log_probs(self, ids: NDArray[np.int64], position: int) -> LogProbs:
+        """Run ``ids`` from ``position`` on, in pieces; returns log-probabilities (tokens, vocabulary)."""
+        out = np.empty((len(ids), self.vocab_size), dtype=np.float32)
+        for start in range(0, len(ids), BATCH):
+            part = slice(start, start + BATCH)
+            out[part] = self._decode(ids[part], position + start, every=True)
+            log_softmax(out[part])
+        return out
 
     def _ends_of(self, rests: Sequence[Ids], prefix: int) -> NDArray[np.float32]:
         """Run texts, each a sequence of its own behind the prefix; return the logits at their ends (texts, vocabulary)."""

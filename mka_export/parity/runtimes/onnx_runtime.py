@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from mka_export.errors import RuntimeFailure
 from mka_export.models.chat import Conversation, Rendered, render, template_of
-from mka_export.parity.runtimes import LogProbs, Prefixed, Windows
+from mka_export.parity.runtimes import Ids, LogProbs, Prefixed, Windows
 from mka_export.parity.runtimes.logits import BATCH, log_softmax, require_known, require_tokens, usable_cores
 from mka_export.parity.runtimes.onnx_folder import OnnxFolder
 
@@ -74,12 +74,7 @@ class OnnxRuntime:
     def log_probs(self, windows: Windows) -> Iterator[LogProbs]:
         """Yield, window by window, (tokens, vocabulary) log-probabilities; row t is for token t + 1."""
         for window in windows:
-            cache, out = self._empty, np.empty((len(window), self.vocab_size), dtype=np.float32)
-            for start in range(0, len(window), BATCH):
-                part = slice(start, start + BATCH)
-                out[part], cache = self._run(window[part], start, cache)
-                log_softmax(out[part])
-            yield out
+            yield self._rows(window, 0, self._empty)
 
     def next_log_probs(self, texts: Sequence[Prefixed], tokens: Sequence[int]) -> Iterator[LogProbs]:
         """Yield the log-probabilities (1, tokens) of ``tokens`` right after each text.
@@ -87,14 +82,19 @@ class OnnxRuntime:
         One text at a time: the CPU's GroupQueryAttention takes no batch of several tokens each behind a past.
         """
         for text in texts:
-            prefix, cache = np.array(text.prefix, dtype=np.int64), self._empty
-            for start in range(0, len(prefix), BATCH):
-                _, cache = self._run(prefix[start : start + BATCH], start, cache)
+            cache = self._after(text.prefix)
             for rest in text.rests:
-                logits, _ = self._run(np.array(rest, dtype=np.int64), len(prefix), cache)
+                logits, _ = self._run(np.array(rest, dtype=np.int64), len(text.prefix), cache)
                 last = logits[-1:]
                 log_softmax(last)
                 yield last[:, list(tokens)]
+
+    def rest_log_probs(self, texts: Sequence[Prefixed]) -> Iterator[LogProbs]:
+        """Yield, text by text, (tokens, vocabulary) log-probabilities of how it goes on behind the cache of its prefix."""
+        for text in texts:
+            cache = self._after(text.prefix)
+            for rest in text.rests:
+                yield self._rows(np.array(rest, dtype=np.int64), len(text.prefix), cache)
 
     def generate(self, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> list[list[int]]:
         """Continue each prompt greedily, up to a token that the folder names as the end of a text."""
@@ -119,6 +119,22 @@ class OnnxRuntime:
             if len(new) < max_new_tokens:
                 logits, cache = self._run(np.array([token]), len(prompt) + len(new) - 1, cache)
         return new
+
+    def _after(self, prefix: Ids) -> Cache:
+        """Return the cache with a prefix in it."""
+        ids, cache = np.array(prefix, dtype=np.int64), self._empty
+        for start in range(0, len(ids), BATCH):
+            _, cache = self._run(ids[start : start + BATCH], start, cache)
+        return cache
+
+    def _rows(self, ids: NDArray[np.int64], position: int, cache: Cache) -> LogProbs:
+        """Run ``ids`` from ``position`` on, in pieces; returns log-probabilities (tokens, vocabulary)."""
+        out = np.empty((len(ids), self.vocab_size), dtype=np.float32)
+        for start in range(0, len(ids), BATCH):
+            part = slice(start, start + BATCH)
+            out[part], cache = self._run(ids[part], position + start, cache)
+            log_softmax(out[part])
+        return out
 
     def _run(self, ids: NDArray[np.int64], position: int, cache: Cache) -> tuple[NDArray[np.float32], Cache]:
         """Run ``ids`` from ``position`` on; returns logits (tokens, vocabulary) and the cache with them."""

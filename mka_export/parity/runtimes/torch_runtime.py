@@ -13,7 +13,7 @@ from torch import Tensor
 from mka_export.errors import RuntimeFailure
 from mka_export.models.chat import Conversation, Rendered, render_apart, template_of
 from mka_export.models.checkpoint import Checkpoint, read_json
-from mka_export.models.prefixed import last_states
+from mka_export.models.prefixed import last_states, rest_states
 from mka_export.models.runner import LayerRunner
 from mka_export.models.tokenizer import load_tokenizer, text_ids
 from mka_export.parity.runtimes import LogProbs, Prefixed, Windows
@@ -84,6 +84,13 @@ class TorchRuntime:
         for states in last_states(self._runner, groups, self._progress or Progress(quiet=True)):
             for rows in torch.split(states, ROWS):
                 yield self._window(rows)[:, list(tokens)]
+
+    def rest_log_probs(self, texts: Sequence[Prefixed]) -> Iterator[LogProbs]:
+        """Yield, text by text, (tokens, vocabulary) log-probabilities of how it goes on; each layer is read as above."""
+        groups = [(text.prefix, text.rests) for text in texts]
+        for rests in rest_states(self._runner, groups, self._progress or Progress(quiet=True)):
+            for states in rests:
+                yield self._window(states)
 
     def generate(
         self, prompts: Sequence[Sequence[int]], max_new_tokens: int, drafts: Sequence[Sequence[int]] | None = None
