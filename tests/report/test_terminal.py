@@ -110,7 +110,15 @@ def test_tokenizers_that_differ_are_loud(report: dict[str, Any], target: dict[st
 def test_a_target_without_figures(report: dict[str, Any], target: dict[str, Any]) -> None:
     report["merge"] = None
     target |= {"verdict": "fail", "error": "the runtime crashed", "artifact": None, "tokenizer": None}
-    target |= {"steps": [], "comparisons": {}, "attribution": [], "profile": None, "speed": None, "smoke": None, "samples": []}
+    target |= {
+        "steps": [],
+        "comparisons": {},
+        "attribution": [],
+        "profile": None,
+        "speed": None,
+        "smoke": None,
+        "samples": [],
+    }
     lines = printed(report).splitlines()
     assert lines[0].split() == ["FAIL", "gguf-q4"]
     assert lines[1].strip() == "the runtime crashed"
