@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import struct
 from collections.abc import Callable
 from pathlib import Path
 
@@ -73,7 +74,7 @@ def test_refused_larger_than_the_device(model, refused, tmp_path):
 
 
 def test_survived_hostile_chat_template(model, tmp_path):
-    """the chat template tries to run code: it is carried into the artifact as text, and never rendered"""
+    """the chat template tries to run code: it is carried into the artifact as text, and the sandbox stops it"""
     witness = tmp_path / "witness"
     hostile = "{{ ''.__class__.__mro__[1].__subclasses__() }}{{ cycler.__init__.__globals__.os.system('touch %s') }}"
     for name, key in (("chat_template.jinja", None), ("tokenizer_config.json", "chat_template")):
@@ -82,10 +83,56 @@ def test_survived_hostile_chat_template(model, tmp_path):
             text = json.dumps({**json.loads(path.read_text()), key: text})
         path.write_text(text)
     out = tmp_path / "out"
-    assert type_in(model, *MERGE, "--to", "gguf-q8", *SMALL, *LOOSE, "--out", out, "--quiet").exit_code in DONE
+    result = type_in(model, *MERGE, "--to", "gguf-q8", *SMALL, *LOOSE, "--out", out, "--quiet", "--json")
+    assert result.exit_code in DONE
     (gguf,) = (out / "gguf-q8").glob("*.gguf")
     assert b"__subclasses__" in gguf.read_bytes()
     assert not witness.exists()
+    (target,) = json.loads(result.stdout)["targets"]
+    chat_template = target["smoke"]["checks"][0]
+    assert chat_template["verdict"] == "inconclusive"
+    assert "SecurityError" in chat_template["reason"]
+
+
+def edited(published: Path, new: Path, change: Callable[[bytes], bytes]) -> Path:
+    """Copy the GGUF file of an earlier result, and edit its bytes."""
+    (gguf,) = (published / "gguf-q8").glob("*.gguf")
+    data = gguf.read_bytes()
+    new.write_bytes(change(data))
+    assert new.read_bytes() != data
+    return new
+
+
+BEHAVES_OTHERWISE: dict[str, tuple[Callable[[bytes], bytes], str]] = {
+    "another chat template": (
+        lambda data: data.replace(b"<|im_start|>assistant\n", b"<|im_start|>assistent\n"),
+        "reads a conversation otherwise than the original: its chat template makes",
+    ),
+    "a chat template that runs code": (
+        lambda data: data.replace(b"{{ message['content'] }}", b"{{ message.__init__(1)}}"),
+        "its chat template cannot render it (SecurityError: ",
+    ),
+    "an end of text in the middle of text": (
+        lambda data: data.replace(EOS + struct.pack("<II", 4, 2), EOS + struct.pack("<II", 4, 267)),
+        "The artifact stops at 267 (",
+    ),
+}
+EOS = b"tokenizer.ggml.eos_token_id"
+
+
+@pytest.mark.parametrize("how", BEHAVES_OTHERWISE)
+def test_survived_artifact_that_behaves_otherwise(how, model, published, tmp_path):
+    """a file computes what it should, and its chat template or its end of text is another: it fails, in a sentence"""
+    change, reason = BEHAVES_OTHERWISE[how]
+    bad = edited(published, tmp_path / "bad.gguf", change)
+    out = tmp_path / "out"
+    result = type_in("check", bad, "--against", model, *SMALL, *LOOSE, "--out", out, "--json", "--quiet")
+    assert result.exit_code == 3
+    (target,) = json.loads(result.stdout)["targets"]
+    assert reason in target["error"]
+    assert "\n" not in target["error"]
+    assert target["smoke"]["verdict"] == "fail"
+    assert all(group["verdict"] != "fail" for group in target["comparisons"].values())
 
 
 def onnx_folder(folder: Path, data: str) -> Path:

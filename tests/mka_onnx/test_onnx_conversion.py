@@ -15,16 +15,19 @@ import torch
 from mka_onnx import building, check, conversion, need
 from mka_onnx.nbits import quantized_matrices
 from onnx_tools import target
-from pico import make_pico
+from pico import CHAT_TEMPLATE, make_pico
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mka_export.errors import ConversionError, RuntimeFailure, UnsupportedError
 from mka_export.models.checkpoint import Checkpoint
 from mka_export.models.onnx_file import read_graph
 from mka_export.models.outline import Outline
+from mka_export.models.text import sample_conversations
 from mka_export.parity.runtimes import Prefixed, open_runtime
 from mka_export.parity.runtimes.genai_runtime import GenaiRuntime
 from mka_export.parity.runtimes.onnx_runtime import OnnxRuntime
+from mka_export.parity.runtimes.torch_runtime import TorchRuntime
+from mka_export.parity.smoke import check_chat_template
 
 IDS = np.random.default_rng(11).integers(3, 640, (2, 200))  # longer than a batch of logits, and no multiple of it
 RUNTIMES = [OnnxRuntime, GenaiRuntime]
@@ -102,6 +105,34 @@ def test_token_ids_are_the_same(runtime, pico, convert_to):
         "<|im_start|>user\nHi",
     ):
         assert opened.tokenize(text) == tokenizer.encode(text, add_special_tokens=False), text
+
+
+@pytest.mark.parametrize("name", ["onnxruntime", "onnxruntime-genai"])
+def test_it_behaves_as_the_original(name, pico, convert_to):
+    original = TorchRuntime(pico)
+    with closing(open_runtime(name, convert_to(pico, "fp32").path)) as artifact:
+        assert artifact.ends == original.ends == {2}
+        found = check_chat_template(original, artifact, sample_conversations())
+    assert found.verdict == "pass", found.reason
+
+
+@pytest.mark.parametrize("runtime", RUNTIMES)
+@pytest.mark.parametrize(
+    ("template", "reason"),
+    [
+        (CHAT_TEMPLATE.replace("<|im_end|>", ""), "its chat template makes "),
+        (None, "The artifact has no chat template"),
+    ],
+)
+def test_a_spoilt_chat_template_is_found(template, reason, runtime, pico_llama, convert_to, tmp_path):
+    folder = shutil.copytree(convert_to(pico_llama, "fp32").path, tmp_path / "folder")
+    file = folder / "chat_template.jinja"
+    file.unlink()
+    if template:
+        file.write_text(template)
+    check = check_chat_template(TorchRuntime(pico_llama), runtime(folder), sample_conversations())
+    assert check.verdict == "fail"
+    assert reason in check.reason
 
 
 def test_the_folder_is_what_every_client_looks_for(pico_llama, convert_to):
