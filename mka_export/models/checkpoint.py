@@ -25,6 +25,7 @@ from mka_export.data import load_json
 from mka_export.errors import CheckpointError, UnsupportedError, WorkspaceError
 from mka_export.hashes import file_sha256
 from mka_export.models.architecture import Architecture, architecture_of
+from mka_export.models.licence import licence_files
 from mka_export.workspace import write_json
 
 CONFIG = "config.json"
@@ -33,8 +34,8 @@ INDEX = "model.safetensors.index.json"
 SHARD_BYTES = 512 << 20  # a written checkpoint is cut into files of about this size
 STORED = ("F64", "F32", "F16", "BF16")  # safetensors' names of the types that we compute with
 
-# What is carried unchanged from a checkpoint to one made from it: everything that says how text
-# becomes ids, and the licence.
+# What is carried unchanged from a checkpoint to one made from it, besides its licence: everything that says how text
+# becomes ids.
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer.model",
@@ -46,7 +47,6 @@ TOKENIZER_FILES = (
     "chat_template.jinja",
     "generation_config.json",
 )
-LICENCE_FILES = ("LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*")
 
 
 @dataclass(frozen=True)
@@ -264,9 +264,7 @@ def require_finite(name: str, tensor: Tensor) -> None:
 
 def copy_tokenizer(source: Path, folder: Path) -> None:
     """Copy tokenizer, generation and licence files from one checkpoint folder to another."""
-    names = [n for n in TOKENIZER_FILES if (source / n).is_file()]
-    names += [p.name for pattern in LICENCE_FILES for p in source.glob(pattern) if p.is_file()]
-    for name in names:
+    for name in (*(n for n in TOKENIZER_FILES if (source / n).is_file()), *licence_files(source)):
         shutil.copyfile(source / name, folder / name)
 
 

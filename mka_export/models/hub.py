@@ -21,12 +21,13 @@ from huggingface_hub.errors import (  # type: ignore[attr-defined]
 from huggingface_hub.utils import filter_repo_objects  # type: ignore[attr-defined]  # re-exported without saying so
 
 from mka_export.errors import MkaError, SourceError
-from mka_export.models.checkpoint import CONFIG, INDEX, LICENCE_FILES, TOKENIZER_FILES, Checkpoint, read_config
+from mka_export.models.checkpoint import CONFIG, INDEX, TOKENIZER_FILES, Checkpoint, read_config
+from mka_export.models.licence import CARD, LICENCE_FILES
 from mka_export.needs import require_room
 from mka_export.progress import Progress
 
 # "model*" leaves out a second copy of the weights in the maker's own format (consolidated.safetensors).
-PATTERNS = [CONFIG, INDEX, "model*.safetensors", *TOKENIZER_FILES, *LICENCE_FILES]
+PATTERNS = [CONFIG, INDEX, "model*.safetensors", *TOKENIZER_FILES, CARD, *LICENCE_FILES]
 CACHE_REMEDY = "Free space there, or set HF_HOME to a folder on a larger disk."
 PICKLED = (".bin", ".pt", ".pth")
 

