@@ -29,6 +29,8 @@ MANIFEST = "manifest.json"
 RECORD = "stage.json"
 LOCK = ".lock"
 FORMAT = "mka-export/workspace"
+# What is published outside the stages' folders: results as JSON, the forms of the report, the artifacts' cards.
+BESIDE = ("[!.]*.json", "report.html", "junit.xml", "summary.md", "card/[!.]*/**/*")
 
 
 @dataclass(frozen=True)
@@ -133,8 +135,9 @@ class Workspace:
 
     def write_manifest(self, contents: Mapping[str, Any]) -> None:
         """Write ``manifest.json``: ``contents``, and the sha256 of every published file, of earlier runs too."""
-        beside = sorted(p for p in self.path.glob("[!.]*.json") if p.is_file() and p.name != MANIFEST)
-        files = {path.name: file_sha256(path) for path in beside}
+        beside = {path for pattern in BESIDE for path in self.path.glob(pattern) if path.is_file()}
+        beside.discard(self.path / MANIFEST)
+        files = {path.relative_to(self.path).as_posix(): file_sha256(path) for path in sorted(beside)}
         for record in sorted(self.path.rglob(RECORD)):
             folder = record.parent.relative_to(self.path)
             known = read_record(record.parent)

@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import llama_cpp
 import numpy as np
@@ -68,6 +69,21 @@ def test_every_published_file_is_as_the_manifest_has_it(done):
     assert there == {*files, "manifest.json", ".lock"}
 
 
+def test_the_report_for_people_and_for_ci(done):
+    out, _ = done
+    report = json.loads((out / "report.json").read_text())
+    suites = ElementTree.parse(out / "junit.xml").getroot()
+    assert [suite.get("name") for suite in suites] == ["gguf-f16", "gguf-q4"]
+    assert suites.get("failures") == "0"
+    page = ElementTree.parse(out / "report.html").getroot()
+    verdicts = [article.get("class") for article in page.iter("article")][:2]
+    assert verdicts == ["verdict pass", "verdict pass"]
+    sha256 = report["targets"][1]["artifact"]["files"][0]["sha256"]
+    for text in ("report.html", "summary.md", "card/gguf-q4/README.md"):
+        assert sha256 in (out / text).read_text(encoding="utf-8")
+    assert "Nothing is known of the licence" in (out / "card" / "gguf-q4" / "README.md").read_text(encoding="utf-8")
+
+
 def test_verify(done, tmp_path):
     out = shutil.copytree(done[0], tmp_path / "copy")
     result = type_in("verify", out, "--quiet")
@@ -78,13 +94,17 @@ def test_verify(done, tmp_path):
     data[-1] ^= 1
     artifact.write_bytes(data)
     (out / "report.json").unlink()
+    (out / "report.html").write_text("all is well")
+    (out / "card" / "gguf-q4" / "README.md").unlink()
     (out / "merged" / "extra.py").write_text("print()")
     (out / "notes.txt").write_text("mine")
     result = type_in("verify", out, "--quiet", "--json")
     assert result.exit_code == 1
     assert json.loads(result.stdout)["findings"] == [
+        {"file": "card/gguf-q4/README.md", "state": "missing"},
         {"file": f"gguf-q4/{artifact.name}", "state": "changed"},
         {"file": "merged/extra.py", "state": "unknown"},
+        {"file": "report.html", "state": "changed"},
         {"file": "report.json", "state": "missing"},
     ]
 
@@ -192,7 +212,8 @@ def test_second_run_repeats_nothing_and_changes_no_byte(done, model):
     assert again.exit_code == 0
     after = files_of(out)
     changed = {name for name in after if after[name] != before.get(name)}
-    assert changed == {"report.json", "manifest.json"}  # its stages now say that they were reused
+    # Their stages now say that they were reused.
+    assert changed == {"report.json", "report.html", "junit.xml", "manifest.json"}
     assert all(stage["reused"] for stage in json.loads(after["report.json"])["stages"])
 
 

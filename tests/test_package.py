@@ -85,7 +85,10 @@ def test_it_holds_the_product_and_nothing_else(wheel: Path) -> None:
     assert {name.split("/")[0] for name in names} == {"mka_export", "mka_gguf", "mka_onnx", information}
     wanted = ("mka_export/py.typed", "mka_export/report/report.schema.json", "mka_export/models/catalog.toml")
     page = (f"mka_export/serve/{name}" for name in ("page/index.html", "page/page.js", "npm/package-lock.json"))
-    assert {*wanted, *page, f"{information}/licenses/LICENSE"} <= set(names)
+    report = (
+        f"mka_export/report/templates/{path.name}" for path in (REPOSITORY / "mka_export/report/templates").iterdir()
+    )
+    assert {*wanted, *page, *report, f"{information}/licenses/LICENSE"} <= set(names)
     assert not any("node_modules" in name for name in names)
 
 

@@ -10,10 +10,10 @@ from mka_export.errors import UsageError
 from mka_export.hashes import file_sha256, files_in
 from mka_export.options import CheckOptions, DeviceOptions, LimitOptions, MmluOptions, OutputOptions, TextOptions
 from mka_export.parity.runtimes import ONNX_CONFIG
-from mka_export.pipeline.job import PARITY, REPORT, Job, show
+from mka_export.pipeline.job import PARITY, Job, show
 from mka_export.pipeline.measuring import Measuring, Subject
 from mka_export.pipeline.requests import given_limits
-from mka_export.report import write_report
+from mka_export.report import write_reports
 from mka_export.target import Artifact, Limits, Target
 from mka_export.workspace import Workspace
 
@@ -66,7 +66,7 @@ def check(
     with Workspace(job.out, job.progress) as job.workspace:
         job.open()
         entry = Measuring(job).entry(found.subject())
-        report = write_report(job.report(None, None, [entry], job.workspace.stages), job.workspace.path / REPORT)
+        report = write_reports(job.report(None, None, [entry], job.workspace.stages), job.workspace.path)
         job.workspace.write_manifest(job.about())
         return show(report, as_json=output.json)
 

@@ -33,11 +33,11 @@ from mka_export.parity.verdict import judge
 from mka_export.pipeline.asking import MMLU
 from mka_export.pipeline.depth import AutoRatio
 from mka_export.pipeline.forecast import Forecast, left_to_do
-from mka_export.pipeline.job import CALIBRATION, DEPTH, NO_QUESTIONS, PARITY, REPORT, SAMPLED, Job, show, stem
+from mka_export.pipeline.job import CALIBRATION, DEPTH, NO_QUESTIONS, PARITY, SAMPLED, Job, show, stem
 from mka_export.pipeline.measured import FACTS, unmeasured
 from mka_export.pipeline.measuring import GGUF_RUNTIME, Measuring, Subject
 from mka_export.pipeline.requests import merge_settings
-from mka_export.report import write_report
+from mka_export.report import CARDS, write_cards, write_reports
 from mka_export.target import Artifact, Limits, Target, load_converter
 from mka_export.workspace import RECORD, Workspace, write_json
 
@@ -81,7 +81,7 @@ class Export(Job):
         self.lineage: dict[str, Checkpoint] = {}  # what was made from the original, in order
         self.auto = AutoRatio(self, merge, targets) if merge and merge.ratio == AUTO else None
         made = [DEPTH, MERGED, HEALED] if merge else [CALIBRATION]
-        self.spare_the_model(SAMPLED, *made, PARITY, QUANTIZED, MMLU, *(target.name for target in targets))
+        self.spare_the_model(SAMPLED, *made, PARITY, QUANTIZED, MMLU, CARDS, *(target.name for target in targets))
         self._measuring, self._attribute = Measuring(self), attribute
         self._merge_report: dict[str, Any] | None = None
         self._heal_report: dict[str, Any] | None = None
@@ -279,14 +279,15 @@ class Export(Job):
         return [self._target(checkpoint, target) for target in self.targets]
 
     def finish(self, targets: list[dict[str, Any]]) -> int:
-        """Write report and manifest, print the report; returns the exit code."""
+        """Write reports, cards and manifest, print the report; returns the exit code."""
         report = self.report(self._merge_report, self._heal_report, targets, self.workspace.stages)
         if self.auto and self.auto.stepped_back:
             report["warnings"].append(
                 "One layer less goes because an artifact broke the limit on the windows of the verdict: on these it is a "
                 "little too good."
             )
-        report = write_report(report, self.workspace.path / REPORT)
+        report = write_reports(report, self.workspace.path)
+        write_cards(report, self.workspace.path, self.licence.files)
         self.write_manifest()
         return show(report, as_json=self.output.json)
 

@@ -37,7 +37,6 @@ from mka_export.workspace import Stage, Workspace, check_ours
 
 SAMPLED, CALIBRATION, DEPTH, PARITY = "sampled", "calibration", "depth", "parity"  # stages, besides the checkpoints'
 SAMPLED_IDS, SAMPLED_TEXT = "ids.npy", "text.txt"
-REPORT = "report.json"
 PACKAGES = (
     *("mka-export", "torch", "transformers", "tokenizers", "numpy", "scikit-learn"),
     *("gguf", "llama-cpp-python", "onnx", "onnxruntime", "onnxruntime-genai"),
@@ -105,7 +104,7 @@ class Job:
         """
         self.progress.say(f"{self.source.name}: {self.source.kind} {self.source.id}")
         fetched = fetch(self.source, cache_folder(), self.progress)
-        self.provenance = fetched.provenance
+        self.provenance, self.licence = fetched.provenance, fetched.licence
         self.original = Checkpoint.open(fetched.path)
         self.runner = LayerRunner(self.original, self.device.device)
         tokenizer = load_tokenizer(fetched.path)
@@ -269,6 +268,7 @@ class Job:
                 "layers": self.original.num_layers,
                 "parameters": self.original.parameters,
                 "nbytes": self.original.nbytes,
+                "licence": self.licence.to_dict(),
             },
             "merge": merge,
             "heal": heal,

@@ -12,10 +12,10 @@ from mka_export.errors import MkaError, UsageError
 from mka_export.parity.comparison import COMPRESSION, CONVERSION, QUANTIZED
 from mka_export.parity.mmlu.figures import Asked
 from mka_export.pipeline.asking import publish_asked, read_asked
-from mka_export.pipeline.job import PARITY, REPORT, show
+from mka_export.pipeline.job import PARITY, show
 from mka_export.pipeline.measured import Measured
 from mka_export.progress import Progress
-from mka_export.report import valid_report, write_report
+from mka_export.report import REPORT, renew_cards, valid_report, write_reports
 from mka_export.target import Limits
 from mka_export.workspace import MANIFEST, Workspace, check_ours, published, read_record
 
@@ -179,6 +179,7 @@ def _rejudge(entry: dict[str, Any], measured: Measured, asked: Asked | None, fai
 
 
 def _finish(report: dict[str, Any], workspace: Workspace, manifest: Mapping[str, Any], as_json: bool) -> int:
-    written = write_report(report, workspace.path / REPORT)
+    written = write_reports(report, workspace.path)
+    renew_cards(written, workspace.path)
     workspace.write_manifest({key: value for key, value in manifest.items() if key not in ("format", "files")})
     return show(written, as_json=as_json)

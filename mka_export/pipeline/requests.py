@@ -16,7 +16,8 @@ from mka_export.parity.comparison import HEALED, MERGED, QUANTIZED
 from mka_export.parity.runtimes import RUNTIMES
 from mka_export.parity.statistics import MIN_WINDOWS
 from mka_export.pipeline.asking import MMLU
-from mka_export.pipeline.job import CALIBRATION, DEPTH, PARITY, REPORT, SAMPLED
+from mka_export.pipeline.job import CALIBRATION, DEPTH, PARITY, SAMPLED
+from mka_export.report import REPORT_FILES
 from mka_export.target import Limits, Target, load_converter, load_target
 from mka_export.workspace import MANIFEST
 
@@ -118,7 +119,9 @@ def load_targets(convert: ConvertOptions, limits: LimitOptions) -> list[Target]:
     names = [target.name for target in targets]
     if len(set(names)) < len(names):
         raise UsageError(f"--to names a target twice: {', '.join(names)}")
-    if clash := {SAMPLED, DEPTH, MERGED, HEALED, CALIBRATION, PARITY, QUANTIZED, MMLU, MANIFEST, REPORT} & set(names):
+    if clash := {SAMPLED, DEPTH, MERGED, HEALED, CALIBRATION, PARITY, QUANTIZED, MMLU, MANIFEST, *REPORT_FILES} & set(
+        names
+    ):
         raise UsageError(f"a target cannot be called {clash.pop()}", "Rename its file.")
     return targets
 

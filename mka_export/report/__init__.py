@@ -1,18 +1,25 @@
 """What came of it, for people and for machines."""
 
-from mka_export.report.document import valid_report, with_nulls, write_report
+from mka_export.report.card import CARDS, renew_cards, write_cards
+from mka_export.report.document import valid_report, with_nulls
+from mka_export.report.files import REPORT, REPORT_FILES, write_reports
 from mka_export.report.machine import print_forecast, print_machine
 from mka_export.report.methods import draw_methods, print_methods
 from mka_export.report.terminal import print_loss, print_report
 
 __all__ = [
+    "CARDS",
+    "REPORT",
+    "REPORT_FILES",
     "draw_methods",
     "print_forecast",
     "print_loss",
     "print_machine",
     "print_methods",
     "print_report",
+    "renew_cards",
     "valid_report",
     "with_nulls",
-    "write_report",
+    "write_cards",
+    "write_reports",
 ]

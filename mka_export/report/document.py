@@ -13,25 +13,10 @@ from jsonschema import Draft202012Validator
 from jsonschema.exceptions import best_match
 
 from mka_export.errors import MkaError
-from mka_export.workspace import write_atomically
 
 FORMAT = "mka-export/report"
 VERSION = 1
 SCHEMA = Path(__file__).with_name("report.schema.json")
-
-
-def write_report(report: dict[str, Any], path: Path) -> dict[str, Any]:
-    """Write ``valid_report(report)`` to ``path``, all or nothing, and return it.
-
-    Raises:
-        MkaError: the report does not follow its schema, or the file cannot be written.
-    """
-    written = valid_report(report)
-    try:
-        write_atomically(path, written)
-    except OSError as error:
-        raise MkaError(f"cannot write {path}: {error.strerror}") from error
-    return written
 
 
 def valid_report(report: dict[str, Any]) -> dict[str, Any]:

@@ -70,7 +70,7 @@ def _about_the_model(report: Mapping[str, Any]) -> Iterator[str]:
             f"{merge['measure']}, calibrated on {calibration['tokens']:,} tokens of {text_source(calibration['source'])}"
         )
         if spans := merge.get("layers"):
-            yield f"Layers    {_spans(spans)}"
+            yield f"Layers    {spans_text(spans)}"
         if depth := merge["depth"]:
             left = merge["layers_after"]
             yield f"Depth     {left} layers are the limit of {depth['limit']}: {depth['limited_by']}"
@@ -251,8 +251,9 @@ def number(value: float | None, digits: int = 4, scale: float = 1) -> str:
     """Format with ``digits`` significant digits, without an exponent between 0.0001 and a million."""
     if value is None or not math.isfinite(value):
         return NONE
-    value *= scale
-    return f"{value:,.0f}" if 10**digits <= abs(value) < 1e6 else f"{value:#.{digits}g}".rstrip(".")
+    size = abs(value * scale)
+    text = f"{size:,.0f}" if 10**digits <= size < 1e6 else f"{size:#.{digits}g}".rstrip(".")
+    return f"−{text}" if value * scale < 0 else text
 
 
 def text_source(source: str) -> str:
@@ -264,7 +265,7 @@ def _counts(counts: Mapping[str, int]) -> str:
     return ", ".join(f"{count} {name}" for name, count in sorted(counts.items(), key=lambda item: -item[1]))
 
 
-def _spans(spans: list[list[int]]) -> str:
+def spans_text(spans: list[list[int]]) -> str:
     """Write spans of layers shortly: untouched runs as ``0 … 17``, merged layers as ``18+19``."""
     parts: list[str] = []
     for merged, group in groupby(enumerate(spans), key=lambda at: (at[1][0] < at[1][1], at[1][0] - at[0])):

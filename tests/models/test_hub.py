@@ -68,8 +68,9 @@ class FakeHub:
 @pytest.fixture
 def fake_hub(pico_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FakeHub:
     repository = shutil.copytree(pico_llama, tmp_path / "repository")
-    for name in ("pytorch_model.bin", "consolidated.safetensors", "modeling_evil.py", "LICENSE"):
+    for name in ("pytorch_model.bin", "consolidated.safetensors", "modeling_evil.py", "LICENSE", "USE_POLICY.md"):
         (repository / name).write_text("x")
+    (repository / "README.md").write_text("---\nlicense: llama3.2\n---\n")
     fake = FakeHub(repository, tmp_path / "snapshots")
     monkeypatch.setattr(hub, "HfApi", lambda: fake)
     monkeypatch.setattr(hub, "snapshot_download", fake.snapshot_download)
@@ -89,6 +90,8 @@ def test_a_hub_model_is_fetched_and_pinned(fake_hub: FakeHub, tmp_path: Path) ->
     assert {"config.json", "model.safetensors", "tokenizer.json", "LICENSE"} <= names
     assert not names & {"pytorch_model.bin", "consolidated.safetensors", "modeling_evil.py"}
     assert {revision for revision, _ in fake_hub.asked} == {"v1"}
+    assert fetched.licence.id == "llama3.2"
+    assert set(fetched.licence.files) == {"LICENSE", "USE_POLICY.md"}
 
 
 def test_an_unsupported_config_is_refused_before_the_weights_travel(fake_hub: FakeHub, tmp_path: Path) -> None:

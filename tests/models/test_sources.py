@@ -237,6 +237,9 @@ def make_wheel(folder: Path, member: str = "carrier/model.gguf", data: bytes = G
             f"{info}/WHEEL", "Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
         )
         wheel.writestr(f"{info}/RECORD", "")
+        wheel.writestr(f"{info}/LICENSE.txt", "of the package")
+        wheel.writestr(f"{info}/licenses/vendor/NOTICE", "of a part")
+        wheel.writestr(f"{info}/licenses/../../../escaped", "x")
 
 
 @pytest.fixture
@@ -272,6 +275,16 @@ def test_a_wheel_is_fetched_unzipped_and_cached(
     assert fetch(carrier, tmp_path / "cache", QUIET) == fetched
     assert not any(name.endswith(".whl") for name in files_in(tmp_path / "cache"))
     assert "carrier" not in sys.modules
+
+
+def test_the_licence_files_of_a_wheel_come_along(carrier: Source, tmp_path: Path, unpacking: list[Path]) -> None:
+    files = fetch(changed(carrier, licence="Own"), tmp_path / "cache", QUIET).licence.files
+    assert {name: path.read_text() for name, path in files.items()} == {
+        "LICENSE.txt": "of the package",
+        "vendor-NOTICE": "of a part",
+        "-..-..-escaped": "x",
+    }
+    assert all((tmp_path / "cache" / "files") in path.parents for path in files.values())
 
 
 def test_a_damaged_cached_file_is_fetched_again(carrier: Source, tmp_path: Path, unpacking: list[Path]) -> None:

@@ -9,7 +9,7 @@ import pytest
 from jsonschema import Draft202012Validator
 
 from mka_export.errors import MkaError
-from mka_export.report import valid_report, write_report
+from mka_export.report import valid_report, write_reports
 from mka_export.report.document import FORMAT, SCHEMA, VERSION
 
 
@@ -22,7 +22,7 @@ def test_the_schema_is_one_and_names_this_version() -> None:
 
 
 def test_a_report_is_written_as_it_is(report: dict[str, Any], tmp_path: Path) -> None:
-    written = write_report(report, tmp_path / "report.json")
+    written = write_reports(report, tmp_path)
     assert written == report == json.loads((tmp_path / "report.json").read_text(encoding="utf-8"))
 
 
@@ -38,7 +38,7 @@ def test_numbers_that_are_not_finite_become_null_and_are_told(
 ) -> None:
     target["steps"][2]["perplexity"] = math.inf
     target["comparisons"]["compression"]["kl"]["mean"] = math.nan
-    written = write_report(report, tmp_path / "report.json")
+    written = write_reports(report, tmp_path)
     assert written["targets"][0]["steps"][2]["perplexity"] is None
     assert written["warnings"] == [
         "targets.0.steps.2.perplexity was inf: written as null",
@@ -66,10 +66,10 @@ def test_what_breaks_the_schema_is_named_and_not_written(
 ) -> None:
     change(report)
     with pytest.raises(MkaError, match=f"breaks its schema at ({where})"):
-        write_report(report, tmp_path / "report.json")
+        write_reports(report, tmp_path)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_folder_that_is_not_there(report: dict[str, Any], tmp_path: Path) -> None:
     with pytest.raises(MkaError, match="cannot write .*report.json: No such file"):
-        write_report(report, tmp_path / "absent" / "report.json")
+        write_reports(report, tmp_path / "absent")

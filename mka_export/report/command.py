@@ -1,0 +1,72 @@
+"""The command that asks for what a report holds, told from its settings."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+EMBEDDED = "embedded"
+
+
+def command(report: Mapping[str, Any]) -> str:
+    """Return the command line that asks for a report's work again.
+
+    It says what the report says: which model, merge, text and targets, under which limits. Devices, a custom
+    target's file and paths of texts must be there as they were.
+    """
+    return shlex.join(["mka-export", *_words(report)])
+
+
+def _words(report: Mapping[str, Any]) -> Iterator[str]:
+    model, merge, targets = report["model"]["name"], report["merge"], report["targets"]
+    if merge:
+        yield from (model, *_merging(merge), *_healing(report["heal"]))
+    elif not report["stages"] and targets:
+        path = (targets[0]["artifact"] or {"path": targets[0]["name"]})["path"]
+        yield from ("check", path, "--against", model)
+    else:
+        yield from ("convert", model)
+    if report["stages"]:
+        for target in targets:
+            yield from ("--to", target["name"])
+    if revision := report["model"]["source"].get("revision"):
+        yield from ("--revision", revision)
+    yield from _evaluation(report["evaluation"])
+    yield from _limits(targets)
+
+
+def _merging(merge: Mapping[str, Any]) -> Iterator[str]:
+    share = 1 - merge["layers_after"] / merge["layers_before"]
+    yield from ("--ratio", f"{share:.4g}", "--method", merge["method"], "--measure", merge["measure"])
+    for key in ("schedule", "protect"):
+        if merge.get(key) is not None:
+            yield from (f"--{key}", str(merge[key]))
+    calibration = merge["calibration"]
+    if calibration["source"] != EMBEDDED:
+        yield from ("--calibration", calibration["source"])
+    yield from ("--calibration-tokens", str(calibration["tokens"]))
+
+
+def _healing(heal: Mapping[str, Any] | None) -> Iterator[str]:
+    if heal:
+        yield from ("--heal", heal["method"], "--heal-steps", str(heal["steps"]))
+        yield from ("--heal-tokens", str(heal["calibration"]["tokens"]))
+        for key in ("batch", "rate", "train"):
+            if key in heal:
+                yield from (f"--heal-{key}", str(heal[key]))
+
+
+def _evaluation(evaluation: Mapping[str, Any]) -> Iterator[str]:
+    if evaluation["text"] != EMBEDDED:
+        yield from ("--text", evaluation["text"])
+    yield from ("--windows", str(evaluation["windows"]), "--window-tokens", str(evaluation["window_tokens"]))
+
+
+def _limits(targets: list[Mapping[str, Any]]) -> Iterator[str]:
+    """Name the limits that all targets share: one that differs is a target's own."""
+    for kind, prefix in (("conversion", "conversion-"), ("compression", "")):
+        applied = [target["comparisons"][kind]["limits"] for target in targets if kind in target["comparisons"]]
+        for name, limit in applied[0].items() if applied else ():
+            if limit is not None and all(other.get(name) == limit for other in applied):
+                yield from (f"--{prefix}{name.replace('_', '-')}", f"{limit:g}")

@@ -1,0 +1,63 @@
+from __future__ import annotations
+
+import shlex
+from typing import Any
+
+import pytest
+from click.testing import CliRunner
+from full_report import enrich
+
+from mka_export.cli import main
+from mka_export.report.command import command
+
+
+def parsed(text: str, monkeypatch: pytest.MonkeyPatch) -> tuple[str, dict[str, Any]]:
+    """Give a command to our own parser: which entry of the pipeline it asks for, and with what."""
+    from mka_export import pipeline
+
+    asked: list[tuple[str, dict[str, Any]]] = []
+    for name in ("run", "convert_only", "check"):
+        monkeypatch.setattr(pipeline, name, lambda *a, _n=name, **k: asked.append((_n, {"arguments": a, **k})) or 0)
+    program, *words = shlex.split(text)
+    assert program == "mka-export"
+    result = CliRunner().invoke(main, words)
+    assert result.exit_code == 0, result.output
+    return asked[0]
+
+
+def test_a_merge_with_healing(report: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    report = enrich(report)
+    report["merge"] |= {"schedule": "one-shot", "protect": 2}
+    report["merge"]["calibration"]["source"] = "a text.txt"
+    name, asked = parsed(command(report), monkeypatch)
+    assert (name, asked["arguments"]) == ("run", ("smollm2-135m",))
+    assert asked["merge"].ratio == pytest.approx(0.1)
+    assert (asked["merge"].schedule, asked["merge"].protect) == ("one-shot", 2)
+    assert (asked["heal"].heal, asked["heal"].heal_tokens, asked["heal"].heal_rate) == ("distill", 131_072, 5e-5)
+    assert (asked["texts"].calibration, asked["texts"].calibration_tokens) == ("a text.txt", 16384)
+    assert (asked["texts"].windows, asked["texts"].window_tokens) == (16, 512)
+    assert asked["convert"].to == ("gguf-q4",)
+    assert (asked["limits"].max_ppl_ratio, asked["limits"].conversion_max_ppl_ratio) == (1.35, 1.35)
+
+
+def test_a_conversion_of_a_hub_model(report: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    report["merge"] = None
+    report["model"] |= {"name": "org/model", "source": {"kind": "hub", "id": "org/model", "revision": "c" * 40}}
+    name, asked = parsed(command(report), monkeypatch)
+    assert (name, asked["arguments"], asked["output"].revision) == ("convert_only", ("org/model",), "c" * 40)
+
+
+def test_a_check_of_an_artifact(report: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    report |= {"merge": None, "stages": []}
+    name, asked = parsed(command(report), monkeypatch)
+    assert name == "check"
+    assert str(asked["arguments"][0]) == "out/gguf-q4/model.gguf"
+    assert asked["arguments"][1] == "smollm2-135m"
+
+
+def test_a_limit_of_one_target_only_is_left_to_it(report: dict[str, Any]) -> None:
+    other = enrich(report)["targets"][0] | {"name": "gguf-q8"}
+    other["comparisons"]["compression"]["limits"] = {"max_ppl_ratio": 1.1}
+    report["targets"].append(other)
+    assert "--max-ppl-ratio" not in command(report)
+    assert "--conversion-max-ppl-ratio 1.35" in command(report)
