@@ -14,7 +14,7 @@ import yaml
 
 from mka_export.errors import MkaError
 from mka_export.needs import size
-from mka_export.report.figures import reasons
+from mka_export.report.figures import questions_source, reasons
 from mka_export.report.markdown import code, escape, table
 from mka_export.report.summary import figure_lines
 from mka_export.report.terminal import spans_text, text_source
@@ -108,7 +108,7 @@ def eval_results(report: Mapping[str, Any], target: Mapping[str, Any]) -> str | 
     percents = [round(100 * (accuracy[end] or 0.0), 2) for end in ("value", "low", "high")]
     notes = (
         f"{asked['shots']}-shot, answer letters' logits, {asked['questions']} questions of {asked['subjects']} subjects "
-        f"from {_text(asked['source'])} (seed {asked['seed']}), 95 % interval {percents[1]} to {percents[2]}, measured in "
+        f"from {_text(questions_source(asked['source']))} (seed {asked['seed']}), 95 % interval {percents[1]} to {percents[2]}, measured in "
         f"{target['runtime']['name']} on {target['runtime']['device']}"
     )
     entry = EvalResultEntry(dataset_id=MMLU[0], task_id=MMLU[1], value=percents[0], notes=notes)

@@ -12,27 +12,31 @@ EMBEDDED = "embedded"
 def command(report: Mapping[str, Any]) -> str:
     """Return the command line that asks for a report's work again.
 
-    It says what the report says: which model, merge, text and targets, under which limits. Devices, a custom
-    target's file and paths of texts must be there as they were.
+    It says what the report says: which model, merge, texts, questions and targets, under which limits. Devices, and the
+    files that paths name, must be there as they were.
     """
     return shlex.join(["mka-export", *_words(report)])
 
 
 def _words(report: Mapping[str, Any]) -> Iterator[str]:
     model, merge, targets = report["model"]["name"], report["merge"], report["targets"]
+    made = {stage["name"] for stage in report["stages"]} & {target["name"] for target in targets}
     if merge:
         yield from (model, *_merging(merge), *_healing(report["heal"]))
-    elif not report["stages"] and targets:
+    elif targets and not made:
         path = (targets[0]["artifact"] or {"path": targets[0]["name"]})["path"]
         yield from ("check", path, "--against", model)
     else:
         yield from ("convert", model)
-    if report["stages"]:
+    if merge or made:
         for target in targets:
             yield from ("--to", target["name"])
     if revision := report["model"]["source"].get("revision"):
         yield from ("--revision", revision)
     yield from _evaluation(report["evaluation"])
+    if mmlu := report.get("mmlu"):
+        yield from ("--mmlu", mmlu["source"], "--mmlu-questions", str(mmlu["questions"]))
+        yield from ("--mmlu-shots", str(mmlu["shots"]), "--mmlu-seed", str(mmlu["seed"]))
     yield from _limits(targets)
 
 

@@ -122,12 +122,17 @@ def with_interval(figure: Mapping[str, Any], scale: float = 1.0, unit: str = "",
 
 def reasons(target: Mapping[str, Any]) -> list[str]:
     """Return why a target did not pass, in sentences; none where it did."""
-    found = [target["error"]] if target.get("error") else []
+    error = target.get("error") or ""
     checks = [check for comparison in target["comparisons"].values() for check in comparison["checks"]]
     checks += (target.get("smoke") or {"checks": []})["checks"]
     order = ("fail", "inconclusive")
     ranked = sorted((c for c in checks if c["verdict"] in order), key=lambda check: order.index(check["verdict"]))
-    return found + [check["reason"] for check in ranked]
+    return ([error] if error else []) + [check["reason"] for check in ranked if check["reason"] not in error]
+
+
+def questions_source(source: str) -> str:
+    """Say where MMLU's questions are from."""
+    return "cais/mmlu on the Hugging Face hub" if source == "hub" else source
 
 
 def paper_ratio(report: Mapping[str, Any], target: Mapping[str, Any]) -> float | None:

@@ -17,7 +17,7 @@ from markupsafe import Markup
 from mka_export.needs import size
 from mka_export.report import charts, svg
 from mka_export.report.command import command
-from mka_export.report.figures import figures, paper_ratio, reasons, with_interval
+from mka_export.report.figures import figures, paper_ratio, questions_source, reasons, with_interval
 from mka_export.report.terminal import model_line, number, spans_text, text_source
 
 if TYPE_CHECKING:
@@ -78,6 +78,7 @@ def _environment() -> Environment:
         "figures": figures,
         "headlines": _headlines,
         "reasons": reasons,
+        "questions_source": questions_source,
         "paper_ratio": paper_ratio,
         "model_line": model_line,
         "spans_text": spans_text,

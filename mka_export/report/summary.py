@@ -116,7 +116,8 @@ def _how(report: Mapping[str, Any]) -> Iterator[str]:
     if mmlu:
         yield f"- MMLU: {mmlu['questions']:,} questions of {mmlu['subjects']} subjects, {mmlu['shots']}-shot, seed {mmlu['seed']}"
     yield f"- {', '.join(f'{escape(name)} {escape(version)}' for name, version in report['tool'].items())}"
-    yield f"- {code(command(report))}"
+    if not report.get("shard"):
+        yield f"- {code(command(report))}"
     for target in report["targets"]:
         for file in (target["artifact"] or {"files": []})["files"]:
             yield f"- {code(file['path'])} sha256 {code(file['sha256'])}"

@@ -26,7 +26,7 @@ def parsed(text: str, monkeypatch: pytest.MonkeyPatch) -> tuple[str, dict[str, A
 
 
 def test_a_merge_with_healing(report: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    report = enrich(report)
+    report = enrich(report) | {"mmlu": None}
     report["merge"] |= {"schedule": "one-shot", "protect": 2}
     report["merge"]["calibration"]["source"] = "a text.txt"
     name, asked = parsed(command(report), monkeypatch)
@@ -48,7 +48,7 @@ def test_a_conversion_of_a_hub_model(report: dict[str, Any], monkeypatch: pytest
 
 
 def test_a_check_of_an_artifact(report: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    report |= {"merge": None, "stages": []}
+    report |= {"merge": None, "stages": [{"name": "parity/gguf-q4", "seconds": 1.0, "reused": False}]}
     name, asked = parsed(command(report), monkeypatch)
     assert name == "check"
     assert str(asked["arguments"][0]) == "out/gguf-q4/model.gguf"
@@ -61,3 +61,9 @@ def test_a_limit_of_one_target_only_is_left_to_it(report: dict[str, Any]) -> Non
     report["targets"].append(other)
     assert "--max-ppl-ratio" not in command(report)
     assert "--conversion-max-ppl-ratio 1.35" in command(report)
+
+
+def test_the_questions_are_named(report: dict[str, Any]) -> None:
+    said = "--mmlu hub --mmlu-questions 1140 --mmlu-shots 5 --mmlu-seed 7"
+    assert said in command(enrich(report))
+    assert "--mmlu" not in command(report)

@@ -96,6 +96,19 @@ def test_a_subject_that_changed_is_marked_and_first(full: dict[str, Any]) -> Non
     assert len([row for row in mmlu.iter("div") if str(row.get("class")).startswith("row")]) >= 61
 
 
+def test_of_a_part_of_the_work_no_command_is_told(full: dict[str, Any]) -> None:
+    full["shard"] = {"index": 2, "count": 8}
+    assert "part 2 of 8 of the work" in text(page(full))
+    assert "--ratio" not in text(section(full, "reproduce"))
+
+
+def test_a_reason_is_told_once(full: dict[str, Any]) -> None:
+    target = full["targets"][0]
+    target["smoke"]["checks"][0] |= {"verdict": "fail", "reason": "It never stops."}
+    target |= {"verdict": "fail", "error": "It never stops."}
+    assert text(section(full, "verdict")).count("It never stops.") == 1
+
+
 def test_a_model_at_chance_is_said_to_tell_nothing(full: dict[str, Any]) -> None:
     full["targets"][0]["mmlu"]["comparisons"]["compression"]["informative"] = False
     assert "answers no better than by guessing" in text(section(full, "mmlu"))
