@@ -56,7 +56,7 @@ def enrich(report: dict[str, Any]) -> dict[str, Any]:
             for n, ratio in ((24, 1.9), (26, 1.41), (27, 1.2), (28, 1.12))
         ],
     }
-    report["merge"].setdefault("similarity", _similarity(report["merge"]))
+    report["merge"]["similarity"] = _similarity(report["merge"])
     report["model"].setdefault(
         "licence", {"id": "apache-2.0", "name": None, "link": None, "files": {"LICENSE": "12" * 32}}
     )

@@ -14,10 +14,11 @@ from mka_export.report.command import command
 def parsed(text: str, monkeypatch: pytest.MonkeyPatch) -> tuple[str, dict[str, Any]]:
     """Give a command to our own parser: which entry of the pipeline it asks for, and with what."""
     from mka_export import pipeline
+    from mka_export.pipeline import check
 
     asked: list[tuple[str, dict[str, Any]]] = []
-    for name in ("run", "convert_only", "check"):
-        monkeypatch.setattr(pipeline, name, lambda *a, _n=name, **k: asked.append((_n, {"arguments": a, **k})) or 0)
+    for place, name in ((pipeline, "run"), (pipeline, "convert_only"), (check, "check")):
+        monkeypatch.setattr(place, name, lambda *a, _n=name, **k: asked.append((_n, {"arguments": a, **k})) or 0)
     program, *words = shlex.split(text)
     assert program == "mka-export"
     result = CliRunner().invoke(main, words)
@@ -26,7 +27,7 @@ def parsed(text: str, monkeypatch: pytest.MonkeyPatch) -> tuple[str, dict[str, A
 
 
 def test_a_merge_with_healing(report: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    report = enrich(report) | {"mmlu": None}
+    report = enrich(report)
     report["merge"] |= {"schedule": "one-shot", "protect": 2}
     report["merge"]["calibration"]["source"] = "a text.txt"
     name, asked = parsed(command(report), monkeypatch)
@@ -36,6 +37,8 @@ def test_a_merge_with_healing(report: dict[str, Any], monkeypatch: pytest.Monkey
     assert (asked["heal"].heal, asked["heal"].heal_tokens, asked["heal"].heal_rate) == ("distill", 131_072, 5e-5)
     assert (asked["texts"].calibration, asked["texts"].calibration_tokens) == ("a text.txt", 16384)
     assert (asked["texts"].windows, asked["texts"].window_tokens) == (16, 512)
+    assert (asked["mmlu"].mmlu, asked["mmlu"].mmlu_questions) == ("hub", 1140)
+    assert (asked["mmlu"].mmlu_shots, asked["mmlu"].mmlu_seed) == (5, 7)
     assert asked["convert"].to == ("gguf-q4",)
     assert (asked["limits"].max_ppl_ratio, asked["limits"].conversion_max_ppl_ratio) == (1.35, 1.35)
 
@@ -61,9 +64,3 @@ def test_a_limit_of_one_target_only_is_left_to_it(report: dict[str, Any]) -> Non
     report["targets"].append(other)
     assert "--max-ppl-ratio" not in command(report)
     assert "--conversion-max-ppl-ratio 1.35" in command(report)
-
-
-def test_the_questions_are_named(report: dict[str, Any]) -> None:
-    said = "--mmlu hub --mmlu-questions 1140 --mmlu-shots 5 --mmlu-seed 7"
-    assert said in command(enrich(report))
-    assert "--mmlu" not in command(report)

@@ -44,6 +44,7 @@ def test_every_section_in_its_order_and_linked(full: dict[str, Any]) -> None:
 
 
 def test_sections_without_figures_are_left_out(report: dict[str, Any], target: dict[str, Any]) -> None:
+    target |= {"profile": None, "attribution": []}
     assert sections(report) == ["verdict", "loss", "limits", "layers", "sizes", "samples", "smoke", "reproduce"]
     report |= {"merge": None}
     target |= {"verdict": "fail", "error": "it crashed", "artifact": None, "tokenizer": None}
