@@ -99,6 +99,8 @@ STAGES: dict[str, Arm] = {  # in the order of the job, so that one job can be ki
     "the artifact is being measured": inside(measuring, "score"),
     "the measurement is whole but not published": before("os.rename", "parity/.gguf-q8.making"),
     "the report is being written": before("os.rename", ".report.json.writing"),
+    "the report's page is being written": before("os.rename", ".report.html.writing"),
+    "the model card is whole but not published": before("os.rename", "card/.gguf-q8.making"),
 }
 BETWEEN: dict[str, Arm] = {
     "the first manifest is being written": before("os.rename", ".manifest.json.writing"),
@@ -168,9 +170,10 @@ def whole(out: Path) -> None:
     for path in out.glob("[!.]*.json"):
         json.loads(path.read_text())
     for folder in [*out.glob("[!.]*/"), *out.glob("parity/[!.]*/"), *out.glob("depth/[!.]*/")]:
-        if folder.is_dir() and folder.name not in ("parity", "depth"):
+        if folder.is_dir() and folder.name not in ("parity", "depth", "card"):
             files = json.loads((folder / "stage.json").read_text())["files"]
             assert {name: file_sha256(folder / name) for name in files} == files
+    assert all("\n## Licence\n" in path.read_text() for path in out.glob("card/[!.]*/README.md"))
 
 
 def lasting(out: Path) -> dict[str, bytes]:

@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 
 from mka_export.models.tokenizer import load_tokenizer
 from mka_export.pipeline.forecast import Forecast
+from mka_export.report import REPORT_FILES
 
 COMMAND = [sys.executable, "-c", "from mka_export.cli import main; main()"]
 RUN = [*MERGE, "--to", "gguf-q8", *SMALL, *LOOSE]
@@ -93,7 +94,7 @@ def test_survived_full_disk(left, small_disk, pico_llama, published, monkeypatch
     assert "No space left on device" in told or "cannot write" in told, told
     if result.exit_code == 1 and result.stderr:
         assert len(result.stderr.strip().splitlines()) == 1
-    for stage in visible(out) - {"manifest.json", "report.json", "parity"}:
+    for stage in visible(out) - {"manifest.json", "parity", *REPORT_FILES}:
         record = json.loads((out / stage / "stage.json").read_text())
         assert all((out / stage / name).is_file() for name in record["files"])
     monkeypatch.undo()
