@@ -15,7 +15,7 @@ from mka_export.pipeline.asking import publish_asked, read_asked
 from mka_export.pipeline.job import PARITY, show
 from mka_export.pipeline.measured import Measured
 from mka_export.progress import Progress
-from mka_export.report import REPORT, valid_report, write_reports
+from mka_export.report import REPORT, renew_cards, valid_report, write_reports
 from mka_export.target import Limits
 from mka_export.workspace import MANIFEST, Workspace, check_ours, published, read_record
 
@@ -180,5 +180,6 @@ def _rejudge(entry: dict[str, Any], measured: Measured, asked: Asked | None, fai
 
 def _finish(report: dict[str, Any], workspace: Workspace, manifest: Mapping[str, Any], as_json: bool) -> int:
     written = write_reports(report, workspace.path)
+    renew_cards(written, workspace.path)
     workspace.write_manifest({key: value for key, value in manifest.items() if key not in ("format", "files")})
     return show(written, as_json=as_json)

@@ -1,6 +1,6 @@
 """What came of it, for people and for machines."""
 
-from mka_export.report.card import CARDS, write_cards
+from mka_export.report.card import CARDS, renew_cards, write_cards
 from mka_export.report.document import valid_report, with_nulls
 from mka_export.report.evaluation import print_evaluation
 from mka_export.report.files import REPORT, REPORT_FILES, write_reports
@@ -19,6 +19,7 @@ __all__ = [
     "print_machine",
     "print_methods",
     "print_report",
+    "renew_cards",
     "valid_report",
     "with_nulls",
     "write_cards",

@@ -42,19 +42,37 @@ def write_cards(report: Mapping[str, Any], folder: Path, licence_files: Mapping[
         MkaError: a file cannot be read or written.
     """
     for target in report["targets"]:
-        if target["artifact"] is None:
-            continue
-        final = folder / CARDS / target["name"]
-        try:
-            with publish_folder(final) as making:
-                for name, path in licence_files.items():
-                    shutil.copyfile(path, making / name)
-                (making / CARD).write_text(card(report, target), encoding="utf-8")
-                if results := eval_results(report, target):
-                    (making / RESULTS).mkdir()
-                    (making / RESULTS / "mmlu.yaml").write_text(results, encoding="utf-8")
-        except OSError as error:
-            raise MkaError(f"cannot write {final}: {error.strerror or error} ({error.filename or final})") from error
+        if target["artifact"] is not None:
+            _write_card(report, target, folder, licence_files)
+
+
+def renew_cards(report: Mapping[str, Any], folder: Path) -> None:
+    """Write the cards that there are in ``folder`` anew, with the licence files that lie in them.
+
+    Raises:
+        MkaError: a file cannot be read or written.
+    """
+    names = (report["model"].get("licence") or {"files": {}})["files"]
+    for target in report["targets"]:
+        there = folder / CARDS / target["name"]
+        if there.is_dir():
+            _write_card(report, target, folder, {name: there / name for name in names})
+
+
+def _write_card(
+    report: Mapping[str, Any], target: Mapping[str, Any], folder: Path, licence_files: Mapping[str, Path]
+) -> None:
+    final = folder / CARDS / target["name"]
+    try:
+        with publish_folder(final) as making:
+            for name, path in licence_files.items():
+                shutil.copyfile(path, making / name)
+            (making / CARD).write_text(card(report, target), encoding="utf-8")
+            if results := eval_results(report, target):
+                (making / RESULTS).mkdir()
+                (making / RESULTS / "mmlu.yaml").write_text(results, encoding="utf-8")
+    except OSError as error:
+        raise MkaError(f"cannot write {final}: {error.strerror or error} ({error.filename or final})") from error
 
 
 def card(report: Mapping[str, Any], target: Mapping[str, Any]) -> str:

@@ -9,7 +9,7 @@ from full_report import enrich
 from huggingface_hub import ModelCard, parse_eval_result_entries
 
 from mka_export.errors import MkaError
-from mka_export.report import valid_report, write_cards
+from mka_export.report import renew_cards, valid_report, write_cards
 from mka_export.report.card import card, eval_results
 
 
@@ -105,6 +105,20 @@ def test_results_lie_where_the_hub_looks(report: dict[str, Any], tmp_path: Path)
     data = yaml.safe_load((tmp_path / "card" / "gguf-q4" / ".eval_results" / "mmlu.yaml").read_text())
     assert data[0]["dataset"]["id"] == "cais/mmlu"
     assert "none lies here" not in (tmp_path / "card" / "gguf-q4" / "README.md").read_text()
+
+
+def test_cards_are_renewed_with_what_lies_in_them(report: dict[str, Any], tmp_path: Path) -> None:
+    (tmp_path / "LICENSE").write_text("do as you like")
+    report["model"]["licence"] = {"id": "mit", "name": None, "link": None, "files": {"LICENSE": "a" * 64}}
+    renew_cards(report, tmp_path)
+    assert not (tmp_path / "card").exists()
+    write_cards(report, tmp_path, {"LICENSE": tmp_path / "LICENSE"})
+    (tmp_path / "LICENSE").unlink()
+    report["targets"][0]["verdict"] = "fail"
+    renew_cards(report, tmp_path)
+    folder = tmp_path / "card" / "gguf-q4"
+    assert "Verdict: **fail**" in (folder / "README.md").read_text()
+    assert (folder / "LICENSE").read_text() == "do as you like"
 
 
 def test_a_licence_that_is_gone_leaves_no_half_card(report: dict[str, Any], tmp_path: Path) -> None:
