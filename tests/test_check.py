@@ -10,11 +10,14 @@ from typing import Any
 import pytest
 from click.testing import CliRunner, Result
 from mmlu_data import write_mmlu
+from pico import REPOSITORY
 
 from mka_export.cli import main
 from mka_export.data import data_folder
+from mka_export.options import MmluOptions, TextOptions
 from mka_export.pipeline import measuring
-from mka_export.target import load_target
+from mka_export.pipeline.configured import read_config
+from mka_export.target import Limits, load_target
 
 SMALL = ["--window-tokens", "64", "--device", "cpu", "--quiet"]
 CONFIG = """
@@ -157,3 +160,14 @@ def test_either_a_file_or_an_artifact(arguments, words, folder, monkeypatch):
     result = type_in("check", *arguments, *SMALL)
     assert result.exit_code in (1, 2)
     assert words in result.stderr
+
+
+def test_the_file_in_the_docs_is_one(tmp_path):
+    page = (REPOSITORY / "docs" / "parity.md").read_text(encoding="utf-8")
+    path = tmp_path / "parity.toml"
+    path.write_text(page.split("```toml\n")[1].split("```")[0])
+    plan = read_config(path, TextOptions(), MmluOptions())
+    assert [each.path for each in plan.artifacts] == [tmp_path / "dist/model-Q4_K_M.gguf", tmp_path / "dist/onnx"]
+    assert plan.artifacts[0].compression == load_target("gguf-q4").compression
+    assert plan.artifacts[1].compression == Limits(max_ppl_ratio=1.2, max_mmlu_drop=0.05)
+    assert plan.mmlu.mmlu == str(tmp_path / "data/mmlu")
