@@ -153,8 +153,8 @@ def compare(model: str, **groups: Any) -> None:
 
 
 @main.command(epilog=EPILOG)
-@click.argument("artifact", type=click.Path(path_type=Path))
-@click.option("--against", required=True, help="The model to compare with: as MODEL elsewhere.")
+@click.argument("artifact", required=False, type=click.Path(path_type=Path))
+@click.option("--against", help="The model to compare with: as MODEL elsewhere.")
 @options(
     checked=CheckOptions,
     texts=TextOptions,
@@ -163,8 +163,8 @@ def compare(model: str, **groups: Any) -> None:
     device=DeviceOptions,
     output=OutputOptions,
 )
-def check(artifact: Path, against: str, **groups: Any) -> None:
-    """Measure ARTIFACT, any GGUF file or ONNX folder, against a model."""
+def check(artifact: Path | None, against: str | None, **groups: Any) -> None:
+    """Measure ARTIFACT, any GGUF file or ONNX folder, against a model; or several, which a --config names."""
     from mka_export.pipeline.check import check as measure
 
     sys.exit(measure(artifact, against, **groups))

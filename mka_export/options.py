@@ -272,8 +272,11 @@ class LimitOptions:
 
 @dataclass(frozen=True)
 class CheckOptions:
-    """Which part of a check is made here."""
+    """What is checked, where a file says it, and which part of that here."""
 
+    config: Path | None = option(
+        None, "TOML file that names model, artifacts, limits and data, instead of ARTIFACT and --against.", type=FILE
+    )
     shard: Shard | None = option(
         None,
         "Measure one part of several, on several machines: 3/8 is the third of eight. 'mka-export report --merge' joins them.",

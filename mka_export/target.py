@@ -215,7 +215,7 @@ def _target(name: str, data: Mapping[str, Any]) -> Target:
         "options": {},
         **data,
     }
-    _require_known(data, "field", {f.name for f in fields(Target)} - {"name"})
+    require_known(data, "field", {f.name for f in fields(Target)} - {"name"})
     families = value_of(data, "families", list)
     if not all(isinstance(family, str) for family in families):
         raise ValueError(f"families = {families} are not names")
@@ -225,8 +225,8 @@ def _target(name: str, data: Mapping[str, Any]) -> Target:
         converter=value_of(data, "converter", str),
         precision=value_of(data, "precision", str),
         runtime=value_of(data, "runtime", str),
-        conversion=_limits(value_of(data, "conversion", dict)),
-        compression=_limits(value_of(data, "compression", dict)),
+        conversion=limits_of(value_of(data, "conversion", dict)),
+        compression=limits_of(value_of(data, "compression", dict)),
         activations=value_of(data, "activations", bool),
         calibration=value_of(data, "calibration", bool),
         families=tuple(families),
@@ -235,8 +235,13 @@ def _target(name: str, data: Mapping[str, Any]) -> Target:
     )
 
 
-def _limits(data: Mapping[str, Any]) -> Limits:
-    _require_known(data, "limit", {f.name for f in fields(Limits)})
+def limits_of(data: Mapping[str, Any]) -> Limits:
+    """Return the limits in a table.
+
+    Raises:
+        ValueError: one is unknown, or cannot be.
+    """
+    require_known(data, "limit", {f.name for f in fields(Limits)})
     limits = {name: value_of(data, name, float) for name in data}
     for name, limit in limits.items():
         if limit < 0 or (name == "min_top1" and limit > 1):
@@ -245,14 +250,19 @@ def _limits(data: Mapping[str, Any]) -> Limits:
 
 
 def _budget(data: Mapping[str, Any]) -> Budget:
-    _require_known(data, "field of budget", {f.name for f in fields(Budget)})
+    require_known(data, "field of budget", {f.name for f in fields(Budget)})
     context = value_of(data, "context", int)
     if context < 1:
         raise ValueError(f"context = {context} cannot be")
     return Budget(parse_size(value_of(data, "memory", str)), context)
 
 
-def _require_known(data: Mapping[str, Any], kind: str, known: set[str]) -> None:
+def require_known(data: Mapping[str, Any], kind: str, known: set[str]) -> None:
+    """Check that a table has no other keys.
+
+    Raises:
+        ValueError: it has; the message has the nearest spelling.
+    """
     if unknown := sorted(data.keys() - known):
         raise ValueError(unknown_name(kind, unknown[0], known))
 

@@ -11,12 +11,14 @@ from typing import Any
 import numpy as np
 import pytest
 from click.testing import CliRunner, Result
+from mmlu_data import write_mmlu
 
 from mka_export.cli import main
 from mka_export.pipeline import measuring
 from mka_export.pipeline.measured import Measured, woven
 
 SMALL = ["--windows", "8", "--window-tokens", "64", "--device", "cpu", "--quiet"]
+ASKED = ["--mmlu-questions", "40", "--mmlu-shots", "1"]
 LIMITS = ["--max-ppl-ratio", "1.5", "--max-mean-kl", "0.01", "--min-top1", "0.5"]
 SHARDS = 3
 
@@ -30,6 +32,8 @@ def folder(pico_llama, tmp_path_factory) -> Path:
     """Where a model and a file made from it lie."""
     folder = tmp_path_factory.mktemp("reports")
     shutil.copytree(pico_llama, folder / "pico")
+    subjects = ("anatomy", "astronomy", "college_physics", "philosophy", "sociology", "virology", "world_religions")
+    write_mmlu(folder / "mmlu", dict.fromkeys(subjects, 7))
     convert = ["convert", folder / "pico", "--to", "gguf-q8", "--out", folder / "made", *SMALL, "--max-ppl-ratio", "9"]
     assert type_in(*convert).exit_code in (0, 3)
     (gguf,) = (folder / "made" / "gguf-q8").glob("*.gguf")
@@ -38,9 +42,8 @@ def folder(pico_llama, tmp_path_factory) -> Path:
 
 
 def check(folder: Path, out: Path, *more: object) -> dict[str, Any]:
-    result = type_in(
-        "check", folder / "pico-q8.gguf", "--against", folder / "pico", "--out", out, *SMALL, *LIMITS, *more, "--json"
-    )
+    check = ["check", folder / "pico-q8.gguf", "--against", folder / "pico", "--out", out, *SMALL, *LIMITS]
+    result = type_in(*check, "--mmlu", folder / "mmlu", *ASKED, *more, "--json")
     assert result.exit_code in (0, 3, 4), result.output
     return json.loads(result.stdout)
 
@@ -62,7 +65,7 @@ def shards(folder) -> list[Path]:
 def figures(report: dict[str, Any]) -> dict[str, Any]:
     """Return what must not depend on how the work was divided: all but times and memory."""
     targets = [{key: value for key, value in entry.items() if key != "speed"} for entry in report["targets"]]
-    return {key: report[key] for key in ("model", "evaluation", "shard", "warnings")} | {"targets": targets}
+    return {key: report[key] for key in ("model", "evaluation", "mmlu", "shard", "warnings")} | {"targets": targets}
 
 
 def test_shards_together_say_what_one_piece_says(whole, shards, tmp_path):
@@ -73,6 +76,7 @@ def test_shards_together_say_what_one_piece_says(whole, shards, tmp_path):
     assert figures(joined) == figures(whole)
     assert joined == json.loads((out / "report.json").read_text())
     assert joined["targets"][0]["speed"]["prompt"] > 0
+    assert joined["targets"][0]["mmlu"]["comparisons"]["compression"]["questions"] == 40
     assert type_in("verify", out, "--quiet").exit_code == 0
 
 
@@ -82,6 +86,11 @@ def test_a_shard_measures_its_part_and_says_so(whole, shards):
     assert one["evaluation"] == whole["evaluation"]
     assert one["targets"][0]["comparisons"]["compression"]["tokens"] == 3 * 63  # windows 0, 3 and 6 of 8
     assert one["targets"][0]["verdict"] == "inconclusive"  # three windows are too few for an interval
+    assert [group["name"] for group in one["targets"][0]["mmlu"]["subjects"]] == [
+        "anatomy",
+        "philosophy",
+        "world_religions",
+    ]
     parts = [np.load(out / "parity" / "pico-q8" / "scores.npz")["nll/artifact"] for out in reversed(shards)]
     expected = np.load(shards[0].parent / "whole" / "parity" / "pico-q8" / "scores.npz")["nll/artifact"]
     for index, part in enumerate(parts):
@@ -91,7 +100,7 @@ def test_a_shard_measures_its_part_and_says_so(whole, shards):
 def test_a_shard_is_measured_once(folder, shards, monkeypatch):
     monkeypatch.setattr(measuring, "score", None)
     again = check(folder, shards[0], "--shard", "3/3")
-    assert [stage["reused"] for stage in again["stages"]] == [True]
+    assert all(stage["reused"] for stage in again["stages"])
 
 
 def altered(shard: Path, to: Path, change: Callable[[dict[str, Any]], object]) -> Path:
@@ -110,6 +119,7 @@ def altered(shard: Path, to: Path, change: Callable[[dict[str, Any]], object]) -
         ("whole", "is no shard: all was measured there"),
         ("other count", "these are shards of 3 and of 4"),
         ("other windows", "is of another check than"),
+        ("other questions", "these differ: seed of the questions, sha256 of the questions"),
         ("damaged", "scores.npz is not as it was made"),
         ("nothing", "holds no report.json"),
         ("no report", "is no report of this mka-export"),
@@ -132,6 +142,10 @@ def test_what_does_not_belong_together_is_one_line(fault, words, folder, shards,
     elif fault == "other windows":
         other = tmp_path / "other"
         check(folder, other, "--shard", "1/3", "--windows", "9")
+        given = [three, two, other, *out]
+    elif fault == "other questions":
+        other = tmp_path / "other"
+        check(folder, other, "--shard", "1/3", "--mmlu-seed", "9")
         given = [three, two, other, *out]
     elif fault == "damaged":
         other = Path(shutil.copytree(one, tmp_path / "one"))
