@@ -24,12 +24,12 @@ from mka_export.parity.harness.frame import Frame
 from mka_export.parity.harness.paired import paired
 from mka_export.parity.runtimes import ONNX_CONFIG, RUNTIME_PACKAGES, Runtime, open_runtime
 from mka_export.pipeline.check import find
+from mka_export.pipeline.configured import Wanted
 from mka_export.pipeline.job import PARITY, versions
 from mka_export.pipeline.measured import FACTS
 from mka_export.pipeline.measuring import runtime_options
 from mka_export.progress import Progress
 from mka_export.report import print_evaluation, with_nulls
-from mka_export.target import Limits
 from mka_export.workspace import MANIFEST, RECORD, Workspace, check_ours, write_atomically, write_json
 
 if TYPE_CHECKING:
@@ -211,7 +211,7 @@ def _made_in(folder: Path) -> Iterator[Subject]:
 
 
 def _artifact(path: Path) -> Subject:
-    found = find(path, Limits())
+    found = find(Wanted(path))
     return Subject(found.name, found.runtime, path, {name: file_sha256(file) for name, file in found.files.items()})
 
 
