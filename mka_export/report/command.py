@@ -3,34 +3,41 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 EMBEDDED = "embedded"
 
 
 def command(report: Mapping[str, Any]) -> str:
-    """Return the command line that asks for a report's work again.
+    """Return the command line that asks for a report's work again; of several artifacts that were checked, one for each.
 
     It says what the report says: which model, merge, texts, questions and targets, under which limits. Devices, and the
     files that paths name, must be there as they were.
     """
-    return shlex.join(["mka-export", *_words(report)])
-
-
-def _words(report: Mapping[str, Any]) -> Iterator[str]:
-    model, merge, targets = report["model"]["name"], report["merge"], report["targets"]
+    targets = report["targets"]
     made = {stage["name"] for stage in report["stages"]} & {target["name"] for target in targets}
+    if report["merge"] or made or not targets or any(target["artifact"] is None for target in targets):
+        return shlex.join(["mka-export", *_making(report), *_conditions(report, targets)])
+    checks = (["mka-export", *_checking(report, target), *_conditions(report, [target])] for target in targets)
+    return " && ".join(map(shlex.join, checks))
+
+
+def _making(report: Mapping[str, Any]) -> Iterator[str]:
+    model, merge = report["model"]["name"], report["merge"]
     if merge:
         yield from (model, *_merging(merge), *_healing(report["heal"]))
-    elif targets and not made:
-        path = (targets[0]["artifact"] or {"path": targets[0]["name"]})["path"]
-        yield from ("check", path, "--against", model)
     else:
         yield from ("convert", model)
-    if merge or made:
-        for target in targets:
-            yield from ("--to", target["name"])
+    for target in report["targets"]:
+        yield from ("--to", target["name"])
+
+
+def _checking(report: Mapping[str, Any], target: Mapping[str, Any]) -> Iterator[str]:
+    yield from ("check", target["artifact"]["path"], "--against", report["model"]["name"])
+
+
+def _conditions(report: Mapping[str, Any], targets: Sequence[Mapping[str, Any]]) -> Iterator[str]:
     if revision := report["model"]["source"].get("revision"):
         yield from ("--revision", revision)
     yield from _evaluation(report["evaluation"])
@@ -67,7 +74,7 @@ def _evaluation(evaluation: Mapping[str, Any]) -> Iterator[str]:
     yield from ("--windows", str(evaluation["windows"]), "--window-tokens", str(evaluation["window_tokens"]))
 
 
-def _limits(targets: list[Mapping[str, Any]]) -> Iterator[str]:
+def _limits(targets: Sequence[Mapping[str, Any]]) -> Iterator[str]:
     """Name the limits that all targets share: one that differs is a target's own."""
     for kind, prefix in (("conversion", "conversion-"), ("compression", "")):
         applied = [target["comparisons"][kind]["limits"] for target in targets if kind in target["comparisons"]]

@@ -121,10 +121,13 @@ def with_interval(figure: Mapping[str, Any], scale: float = 1.0, unit: str = "",
 
 
 def reasons(target: Mapping[str, Any]) -> list[str]:
-    """Return why a target did not pass, in sentences; none where it did."""
+    """Return why a target did not pass, in sentences; none where it did.
+
+    A smoke check that is inconclusive does not decide.
+    """
     error = target.get("error") or ""
     checks = [check for comparison in target["comparisons"].values() for check in comparison["checks"]]
-    checks += (target.get("smoke") or {"checks": []})["checks"]
+    checks += [check for check in (target.get("smoke") or {"checks": []})["checks"] if check["verdict"] == "fail"]
     order = ("fail", "inconclusive")
     ranked = sorted((c for c in checks if c["verdict"] in order), key=lambda check: order.index(check["verdict"]))
     return ([error] if error else []) + [check["reason"] for check in ranked if check["reason"] not in error]

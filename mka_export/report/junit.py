@@ -1,8 +1,8 @@
 """``junit.xml``: a report as test results, for the page of a CI job.
 
 A target is a testsuite, and each of its checks a testcase. JUnit knows no "inconclusive": such a check is a failure of
-that type, as a gate must not open for it; only what was never meant to decide is skipped. The layout is that of
-https://github.com/testmoapp/junitxml.
+that type, as a gate must not open for it; what does not decide is skipped: a limit on a figure that tells nothing, and a
+smoke check that is inconclusive. The layout is that of https://github.com/testmoapp/junitxml.
 """
 
 from __future__ import annotations
@@ -80,7 +80,8 @@ def _cases(target: Mapping[str, Any]) -> Iterator[_Case]:
         elif figure.metric.limit in target["comparisons"][figure.kind]["limits"]:
             yield _Case(figure.kind, figure.metric.name, "skipped", f"{figure.text}: tells nothing, does not decide")
     for check in smoke["checks"] if smoke else ():
-        yield _Case("smoke", check["name"].replace("_", " "), check["verdict"], check["reason"])
+        outcome = "skipped" if check["verdict"] == "inconclusive" else check["verdict"]
+        yield _Case("smoke", check["name"].replace("_", " "), outcome, check["reason"])
 
 
 def _properties(report: Mapping[str, Any], target: Mapping[str, Any]) -> dict[str, str]:

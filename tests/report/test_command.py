@@ -50,6 +50,12 @@ def test_a_conversion_of_a_hub_model(report: dict[str, Any], monkeypatch: pytest
     assert (name, asked["arguments"], asked["output"].revision) == ("convert_only", ("org/model",), "c" * 40)
 
 
+def test_a_conversion_that_failed(report: dict[str, Any], target: dict[str, Any]) -> None:
+    report |= {"merge": None, "stages": []}
+    target |= {"artifact": None, "comparisons": {}}
+    assert command(report).startswith("mka-export convert smollm2-135m --to gguf-q4")
+
+
 def test_a_check_of_an_artifact(report: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     report |= {"merge": None, "stages": [{"name": "parity/gguf-q4", "seconds": 1.0, "reused": False}]}
     name, asked = parsed(command(report), monkeypatch)
@@ -64,3 +70,16 @@ def test_a_limit_of_one_target_only_is_left_to_it(report: dict[str, Any]) -> Non
     report["targets"].append(other)
     assert "--max-ppl-ratio" not in command(report)
     assert "--conversion-max-ppl-ratio 1.35" in command(report)
+
+
+def test_several_artifacts_that_were_checked_are_one_command_each(report: dict[str, Any]) -> None:
+    report |= {"merge": None, "stages": [{"name": "parity/gguf-q4", "seconds": 1.0, "reused": False}]}
+    other = enrich(report | {"merge": {"layers_before": 2, "layers_after": 1}})["targets"][0]
+    other["artifact"]["path"] = "a b.gguf"
+    other["comparisons"]["compression"]["limits"] = {"max_mean_kl": 0.5}
+    report["targets"].append(other)
+    first, second = command(report).split(" && ")
+    assert first.startswith("mka-export check out/gguf-q4/model.gguf --against smollm2-135m")
+    assert first.endswith("--max-ppl-ratio 1.35")
+    assert second.startswith("mka-export check 'a b.gguf' --against smollm2-135m")
+    assert second.endswith("--max-mean-kl 0.5")

@@ -49,12 +49,18 @@ def test_a_limit_that_tells_nothing_is_skipped(report: dict[str, Any], target: d
     (skipped,) = case(report, "gguf-q4.compression", "perplexity ratio")
     assert skipped.tag == "skipped"
     assert "1.26" in str(skipped.get("message"))
-    assert suite(report).get("skipped") == "1"
+    assert suite(report).get("skipped") == "2"
+
+
+def test_a_smoke_check_that_is_inconclusive_does_not_decide(report: dict[str, Any]) -> None:
+    (skipped,) = case(report, "gguf-q4.smoke", "repetition")
+    assert (skipped.tag, skipped.get("message")) == ("skipped", "It perhaps repeats itself more.")
+    assert (suite(report).get("failures"), suite(report).get("skipped")) == ("0", "1")
 
 
 def test_an_artifact_that_could_not_be_made(report: dict[str, Any], target: dict[str, Any]) -> None:
     target |= {"verdict": "fail", "error": "it crashed", "artifact": None, "tokenizer": None}
-    target |= {"steps": [], "comparisons": {}, "samples": []}
+    target |= {"steps": [], "comparisons": {}, "samples": [], "smoke": None}
     assert case(report, "gguf-q4.artifact", "made and run")[0].get("message") == "it crashed"
     assert suite(report).get("tests") == "2"
 

@@ -48,7 +48,7 @@ def test_sections_without_figures_are_left_out(report: dict[str, Any], target: d
     assert sections(report) == ["verdict", "loss", "limits", "layers", "sizes", "samples", "smoke", "reproduce"]
     report |= {"merge": None}
     target |= {"verdict": "fail", "error": "it crashed", "artifact": None, "tokenizer": None}
-    target |= {"steps": [], "comparisons": {}, "samples": []}
+    target |= {"steps": [], "comparisons": {}, "samples": [], "smoke": None}
     assert sections(report) == ["verdict", "reproduce"]
     assert "it crashed" in text(section(report, "verdict"))
     assert "null" not in report_html(valid_report(report))
@@ -63,7 +63,16 @@ def test_the_verdict_and_why(full: dict[str, Any]) -> None:
     assert first.startswith("pass gguf-q4 Every limit is kept")
     assert "compression perplexity ratio 1.26 (at most 1.35)" in first
     assert second.startswith("fail gguf-q3 1.9 is over 1.35")
+    assert "perhaps" not in first
     assert "It exploded." in second
+
+
+def test_a_smoke_check_that_is_inconclusive_is_a_note_beside_the_verdict(report: dict[str, Any]) -> None:
+    verdict = section(report, "verdict")
+    assert text(next(verdict.iter("article"))).startswith("pass gguf-q4 Every limit is kept")
+    assert [text(note) for note in verdict.iter("p") if note.get("class") == "warning"] == [
+        "It perhaps repeats itself more."
+    ]
 
 
 def test_without_limits_nothing_is_said_to_be_kept(report: dict[str, Any], target: dict[str, Any]) -> None:
