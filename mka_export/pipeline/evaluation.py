@@ -163,7 +163,7 @@ class Evaluation:
             from mka_export.parity.harness.model import RuntimeLM  # imports the harness
 
             self._progress.say(f"{subject.name}: {task.name}")
-            model = RuntimeLM(runtime(), frame, self._progress)
+            model = RuntimeLM(runtime(), frame, pieces, self._progress)
             found = self._tasks.run(task, model)
             write_json(folder / RESULT, with_nulls({"device": runtime().device, "tokens": model.tokens, **found}))
 

@@ -2,24 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
 
 import numpy as np
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
 from lm_eval.models.utils import normalize_gen_kwargs
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+from numpy.typing import NDArray
 
 from mka_export.errors import UnsupportedError
 from mka_export.parity.harness.frame import Frame
 from mka_export.parity.runtimes import Ids, LogProbs, Prefixed, Runtime
 from mka_export.progress import Progress
+from mka_export.workspace import seal, sealed
 
 ROLLING = 2048  # tokens of a rolling window at most: all their log-probabilities are in memory
 NEW_TOKENS = 256  # where a task does not say how many, as in the harness
 FIRST_TOKENS = 16  # generated before the stop strings are looked for; then twice as many
 
+PIECE = 64  # questions whose answers are kept together: what is lost when the work is killed
+
+Item = TypeVar("Item")
 LogLikelihood = tuple[float, bool]  # of the continuation, in nats; whether it is what greedy decoding gives
 
 
@@ -32,16 +38,18 @@ class RuntimeLM(TemplateLM):  # type: ignore[misc]  # the package has no types
     Args:
         runtime: the model.
         frame: what stands before its texts, and how long they may be.
-        progress: where the requests are counted.
+        pieces: a folder where finished answers are kept, to go on from when the work was killed.
+        progress: where they are counted.
 
     Attributes:
         tokens: how many were evaluated.
     """
 
-    def __init__(self, runtime: Runtime, frame: Frame, progress: Progress) -> None:
+    def __init__(self, runtime: Runtime, frame: Frame, pieces: Path, progress: Progress) -> None:
         super().__init__()
         self.tokens = 0
-        self._runtime, self._frame, self._progress = runtime, frame, progress
+        self._runtime, self._frame, self._pieces, self._progress = runtime, frame, pieces, progress
+        self._calls = 0
 
     @property
     def eot_token_id(self) -> int:
@@ -76,12 +84,13 @@ class RuntimeLM(TemplateLM):  # type: ignore[misc]  # the package has no types
         Raises:
             UnsupportedError: a task wants to sample, or more tokens than the model's context has.
         """
-        with self._progress.task("generating", len(requests)) as task:
-            found = []
-            for context, settings in (request.args for request in requests):
-                found.append(self._continue(context, normalize_gen_kwargs(settings, NEW_TOKENS)))
-                task.advance()
-            return found
+        asked = [
+            (context, normalize_gen_kwargs(settings, NEW_TOKENS)) for context, settings in (r.args for r in requests)
+        ]
+        texts = self._kept(
+            "generating", asked, lambda some: np.array([self._continue(*each) for each in some], dtype=str)
+        )
+        return [str(text) for text in texts]
 
     def _continue(self, context: str, settings: Mapping[str, Any]) -> str:
         if settings["do_sample"]:
@@ -128,14 +137,36 @@ class RuntimeLM(TemplateLM):  # type: ignore[misc]  # the package has no types
                 asked.setdefault(ids[:start], {}).setdefault(ids[start:], []).append(i)
         texts = [Prefixed(prefix, tuple(rests)) for prefix, rests in asked.items()]
         texts.sort(key=_longest, reverse=True)  # what a runtime makes room for once does for the others
-        self.tokens += sum(len(text.prefix) + sum(map(len, text.rests)) for text in texts)
-        rows = self._runtime.rest_log_probs(texts)
-        with self._progress.task("log-likelihoods", len(requests)) as task:
-            for text in texts:
-                for rest, after in zip(text.rests, rows, strict=False):
-                    for i in asked[text.prefix][rest]:
-                        found[i] = _likelihood(after, requests[i][2])
-                        task.advance()
+
+        def answer(some: Sequence[Prefixed]) -> NDArray[np.float64]:
+            rows = self._runtime.rest_log_probs(some)
+            self.tokens += sum(len(text.prefix) + sum(map(len, text.rests)) for text in some)
+            return np.array(
+                [
+                    _likelihood(after, requests[i][2])
+                    for text in some
+                    for rest, after in zip(text.rests, rows, strict=False)
+                    for i in asked[text.prefix][rest]
+                ]
+            )
+
+        order = [i for text in texts for rest in text.rests for i in asked[text.prefix][rest]]
+        for i, (likelihood, greedy) in zip(order, self._kept("log-likelihoods", texts, answer), strict=True):
+            found[i] = float(likelihood), bool(greedy)
+        return found
+
+    def _kept(self, what: str, items: Sequence[Item], answer: Callable[[Sequence[Item]], NDArray[Any]]) -> list[Any]:
+        """Return the answers to ``items``, of which an earlier run, that was killed, has kept some."""
+        self._calls += 1
+        found: list[Any] = []
+        with self._progress.task(what, len(items)) as task:
+            for start in range(0, len(items), PIECE):
+                some, piece = items[start : start + PIECE], self._pieces / f"{what}-{self._calls}-{start}.npy"
+                if sealed(piece) is None:
+                    np.save(piece, answer(some))
+                    seal(piece, {})
+                found += [*np.load(piece)]
+                task.advance(len(some))
         return found
 
 

@@ -36,10 +36,10 @@ def theirs(pico_llama):
 
 
 @pytest.fixture(scope="module", params=["torch", "llama.cpp"])
-def ours(request, pico_llama, pico_gguf):
+def ours(request, pico_llama, pico_gguf, tmp_path_factory):
     path = pico_llama if request.param == "torch" else pico_gguf
     runtime = open_runtime(request.param, path)
-    yield RuntimeLM(runtime, Frame.of(path), Progress(quiet=True))
+    yield RuntimeLM(runtime, Frame.of(path), tmp_path_factory.mktemp("pieces"), Progress(quiet=True))
     runtime.close()
 
 
@@ -81,13 +81,13 @@ def test_a_context_and_continuation_longer_than_the_model_lose_their_beginning(o
     assert found == pytest.approx(expected, abs=2e-2)
 
 
-def test_bos_stands_before_every_text_where_the_tokenizer_puts_one():
+def test_bos_stands_before_every_text_where_the_tokenizer_puts_one(tmp_path):
     words = ["<s>", "a", "b", "c"]
-    model = RuntimeLM(FakeRuntime([0.1, 0.2, 0.3, 0.4], 4, words), Frame(0, 0, 16), Progress(quiet=True))
+    model = RuntimeLM(FakeRuntime([0.1, 0.2, 0.3, 0.4], 4, words), Frame(0, 0, 16), tmp_path, Progress(quiet=True))
     assert model.tok_encode("a b") == [0, 1, 2]
     assert model.tok_encode("<s> a b") == [0, 1, 2]
     assert model.tok_encode("a b", add_special_tokens=False) == [1, 2]
-    without = RuntimeLM(FakeRuntime([0.1, 0.2, 0.3, 0.4], 4, words), Frame(None, 0, 16), Progress(quiet=True))
+    without = RuntimeLM(FakeRuntime([0.1, 0.2, 0.3, 0.4], 4, words), Frame(None, 0, 16), tmp_path, Progress(quiet=True))
     assert without.tok_encode("a b") == [1, 2]
 
 
@@ -105,9 +105,9 @@ class Counting(FakeRuntime):
         return [[3] * max_new_tokens for _ in prompts]
 
 
-def test_what_choices_begin_with_is_read_once_and_letters_are_one_pass():
+def test_what_choices_begin_with_is_read_once_and_letters_are_one_pass(tmp_path):
     runtime = Counting()
-    model = RuntimeLM(runtime, Frame(None, 0, 16), Progress(quiet=True))
+    model = RuntimeLM(runtime, Frame(None, 0, 16), tmp_path, Progress(quiet=True))
     letters = [(None, [1, 2], [answer]) for answer in range(4)]
     words = [(None, [3, 2, 1], [2, 2]), (None, [3, 2, 1], [3, 1, 3])]
     found = model._loglikelihood_tokens([*letters, *words, (None, [1], [])])
@@ -117,9 +117,9 @@ def test_what_choices_begin_with_is_read_once_and_letters_are_one_pass():
     assert [each[1] for each in found] == [False, False, False, True, False, False, True]
 
 
-def test_generation_stops_soon_after_a_stop_string_and_at_the_limit():
+def test_generation_stops_soon_after_a_stop_string_and_at_the_limit(tmp_path):
     runtime = Counting()
-    model = RuntimeLM(runtime, Frame(None, 0, 512), Progress(quiet=True))
+    model = RuntimeLM(runtime, Frame(None, 0, 512), tmp_path, Progress(quiet=True))
     (found,) = model.generate_until(requests("generate_until", [("a", {"until": ["c c"], "max_gen_toks": 256})]))
     assert (found, runtime.asked) == ("", [16])
     (found,) = model.generate_until(requests("generate_until", [("a", {"until": ["b"], "max_gen_toks": 50})]))
@@ -133,7 +133,35 @@ def test_generation_stops_soon_after_a_stop_string_and_at_the_limit():
         ({"max_gen_toks": 512}, "up to 512 tokens, and the model's context has 512"),
     ],
 )
-def test_generation_that_cannot_be_done_is_refused(settings, message):
-    model = RuntimeLM(Counting(), Frame(None, 0, 512), Progress(quiet=True))
+def test_generation_that_cannot_be_done_is_refused(settings, message, tmp_path):
+    model = RuntimeLM(Counting(), Frame(None, 0, 512), tmp_path, Progress(quiet=True))
     with pytest.raises(UnsupportedError, match=message):
         model.generate_until(requests("generate_until", [("a", settings)]))
+
+
+def test_what_a_killed_run_has_answered_is_not_asked_again(tmp_path, monkeypatch):
+    monkeypatch.setattr("mka_export.parity.harness.model.PIECE", 2)
+    asked = [(None, [n, 1], [2, 3, n, 1]) for n in range(4)] + [(None, [n], [3]) for n in range(3)]
+    written = requests("generate_until", [(word, {"until": ["b"], "max_gen_toks": 3}) for word in ("a", "b", "c")])
+
+    def answers(runtime, pieces):
+        model = RuntimeLM(runtime, Frame(None, 0, 512), pieces, Progress(quiet=True))
+        return model._loglikelihood_tokens(asked), model.generate_until(written)
+
+    class Killed(Counting):
+        def rest_log_probs(self, texts):
+            if len(self.read) == 4:
+                raise KeyboardInterrupt
+            return super().rest_log_probs(texts)
+
+    whole, killed, rest, again = Counting(), Killed(), Counting(), Counting()
+    (tmp_path / "whole").mkdir()
+    (tmp_path / "pieces").mkdir()
+    expected = answers(whole, tmp_path / "whole")
+    with pytest.raises(KeyboardInterrupt):
+        answers(killed, tmp_path / "pieces")
+    assert answers(rest, tmp_path / "pieces") == expected
+    assert [*killed.read, *rest.read] == whole.read
+    assert (len(rest.asked), expected[1]) == (3, ["c c c"] * 3)
+    assert answers(again, tmp_path / "pieces") == expected
+    assert (again.read, again.asked) == ([], [])

@@ -25,9 +25,9 @@ def fingerprint(folder, name="mine", shots=None, limit=None):
 
 
 @pytest.fixture(scope="module")
-def model(pico_llama):
+def model(pico_llama, tmp_path_factory):
     runtime = open_runtime("torch", pico_llama)
-    yield RuntimeLM(runtime, Frame.of(pico_llama), Progress(quiet=True))
+    yield RuntimeLM(runtime, Frame.of(pico_llama), tmp_path_factory.mktemp("pieces"), Progress(quiet=True))
     runtime.close()
 
 
