@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, replace
 from functools import cache, cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
 
 from rich.console import Console
 
@@ -22,10 +23,11 @@ from mka_export.parity.comparison import ORIGINAL
 from mka_export.parity.harness import PACKAGES, require_harness
 from mka_export.parity.harness.frame import Frame
 from mka_export.parity.harness.paired import paired
+from mka_export.parity.metrics import ARTIFACT
 from mka_export.parity.runtimes import ONNX_CONFIG, RUNTIME_PACKAGES, Runtime, open_runtime
 from mka_export.pipeline.check import find
 from mka_export.pipeline.configured import Wanted
-from mka_export.pipeline.job import PARITY, versions
+from mka_export.pipeline.job import EVAL, PARITY, versions
 from mka_export.pipeline.measured import FACTS
 from mka_export.pipeline.measuring import runtime_options
 from mka_export.progress import Progress
@@ -36,7 +38,6 @@ if TYPE_CHECKING:
     from mka_export.parity.harness.tasks import Loaded
 
 FORMAT = "mka-export/evaluation"
-EVAL = "eval"  # the folder of the stages
 RESULT, EVALUATION = "result.json", "evaluation.json"
 NO_MODEL = "none"  # --against
 
@@ -82,7 +83,7 @@ class Evaluation:
         self._path, self._chosen, self._device, self._output = path, chosen, device, output
         self._progress = Progress(quiet=output.quiet)
         self._ours = (path / MANIFEST).is_file()
-        self._artifacts = list(_made_in(path)) if self._ours else [_artifact(path)]
+        self._artifacts = list(_made_in(path)) if self._ours else [_alone(path)]
         if not self._artifacts:
             raise UsageError(f"{path} holds no artifact", "Make one there: mka-export convert MODEL --to gguf-q4.")
         self._out = output.out or (path if self._ours else Path(f"{self._artifacts[0].name}-eval"))
@@ -167,12 +168,12 @@ class Evaluation:
             found = self._tasks.run(task, model)
             write_json(folder / RESULT, with_nulls({"device": runtime().device, "tokens": model.tokens, **found}))
 
-        return self._workspace.stage(f"{EVAL}/{subject.name}/{task.name}", inputs, make).path
+        return self._workspace.stage(f"{EVAL}/{subject.name}/{quote(task.name, safe='')}", inputs, make).path
 
     def _summary(self, models: Sequence[dict[str, Any]]) -> dict[str, Any]:
         """Return all figures, as they stand in the file; what each document got is in the stages."""
         differences = []
-        if models[0]["name"] == ORIGINAL:
+        if self._original:
             differences = [each for model in models[1:] for each in _differences(models[0]["tasks"], model)]
         for task in (task for model in models for task in model["tasks"].values()):
             task["documents"] = len(task["documents"])
@@ -208,6 +209,11 @@ def _made_in(folder: Path) -> Iterator[Subject]:
                 if measured.is_file():
                     subject = replace(subject, runtime=read_json(measured)["runtime"]["name"])
                 yield subject
+
+
+def _alone(path: Path) -> Subject:
+    found = _artifact(path)
+    return replace(found, name=ARTIFACT) if found.name == ORIGINAL else found
 
 
 def _artifact(path: Path) -> Subject:

@@ -36,6 +36,7 @@ from mka_export.report import print_report
 from mka_export.workspace import Stage, Workspace, check_ours
 
 SAMPLED, CALIBRATION, DEPTH, PARITY = "sampled", "calibration", "depth", "parity"  # stages, besides the checkpoints'
+EVAL = "eval"  # a folder of them
 SAMPLED_IDS, SAMPLED_TEXT = "ids.npy", "text.txt"
 PACKAGES = (
     *("mka-export", "torch", "transformers", "tokenizers", "numpy", "scikit-learn"),

@@ -12,11 +12,11 @@ from mka_export.merge.methods import METHODS
 from mka_export.merge.plan import read_plan
 from mka_export.merge.stage import layers_to_remove, removable
 from mka_export.options import AUTO, ITERATIVE, ConvertOptions, HealOptions, LimitOptions, MergeOptions, TextOptions
-from mka_export.parity.comparison import HEALED, MERGED, QUANTIZED
+from mka_export.parity.comparison import HEALED, MERGED, ORIGINAL, QUANTIZED
 from mka_export.parity.runtimes import RUNTIMES
 from mka_export.parity.statistics import MIN_WINDOWS
 from mka_export.pipeline.asking import MMLU
-from mka_export.pipeline.job import CALIBRATION, DEPTH, PARITY, SAMPLED
+from mka_export.pipeline.job import CALIBRATION, DEPTH, EVAL, PARITY, SAMPLED
 from mka_export.report import REPORT_FILES
 from mka_export.target import Limits, Target, load_converter, load_target
 from mka_export.workspace import MANIFEST
@@ -119,9 +119,8 @@ def load_targets(convert: ConvertOptions, limits: LimitOptions) -> list[Target]:
     names = [target.name for target in targets]
     if len(set(names)) < len(names):
         raise UsageError(f"--to names a target twice: {', '.join(names)}")
-    if clash := {SAMPLED, DEPTH, MERGED, HEALED, CALIBRATION, PARITY, QUANTIZED, MMLU, MANIFEST, *REPORT_FILES} & set(
-        names
-    ):
+    stages = {SAMPLED, DEPTH, ORIGINAL, MERGED, HEALED, CALIBRATION, PARITY, QUANTIZED, MMLU, EVAL}
+    if clash := {*stages, MANIFEST, *REPORT_FILES} & set(names):
         raise UsageError(f"a target cannot be called {clash.pop()}", "Rename its file.")
     return targets
 
