@@ -4,12 +4,15 @@ python benchmarks/verdicts.py smollm2-135m --text wiki.test.raw
 
 Known to be good is the model itself in float16; known to be bad is the same without the last fifth of its layers, which
 chance does not make a model of (``--method tail``). Each seed is another part of the text, and no two parts share a
-passage; all else is as ``mka-export check`` has it by default. Both are made once. Ends with 1 if a verdict was wrong.
+passage; all else is as ``mka-export check`` has it by default. Both are made once. Seconds are the clock's, and the CPU's
+of all its processes, which other work on the machine changes less. Ends with 1 if a verdict was wrong.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
+import resource
 import subprocess
 import sys
 import tempfile
@@ -43,6 +46,12 @@ def call(*arguments: str | Path) -> dict[str, Any]:
     return report
 
 
+def cpu_seconds() -> float:
+    """Return what all child processes that have ended, and theirs, have computed."""
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
+
+
 def make(model: str, kind: str, folder: Path) -> Path:
     """Make an artifact, unless ``folder`` has it."""
     command, *options = MADE[kind]
@@ -53,17 +62,15 @@ def make(model: str, kind: str, folder: Path) -> Path:
 
 def parts(text: Path, count: int, folder: Path) -> list[Path]:
     """Cut a text into ``count`` files of about the same length, at ends of lines."""
-    lines, found = text.read_text(encoding="utf-8").splitlines(keepends=True), []
-    size = sum(map(len, lines)) / count
+    lines = text.read_text(encoding="utf-8").splitlines(keepends=True)
+    ends = list(itertools.accumulate(map(len, lines)))
     pieces: list[list[str]] = [[] for _ in range(count)]
-    length = 0
-    for line in lines:
-        pieces[min(count - 1, int(length / size))].append(line)
-        length += len(line)
-    for seed, piece in enumerate(pieces):
-        found.append(folder / f"text-{seed}.txt")
-        found[-1].write_text("".join(piece), encoding="utf-8")
-    return found
+    for line, end in zip(lines, ends, strict=True):
+        pieces[(end - 1) * count // ends[-1]].append(line)
+    files = [folder / f"text-{seed}.txt" for seed in range(count)]
+    for file, piece in zip(files, pieces, strict=True):
+        file.write_text("".join(piece), encoding="utf-8")
+    return files
 
 
 @click.command()
@@ -80,18 +87,18 @@ def main(model: str, text: Path, seeds: int, first: int, folder: Path | None) ->
         artifacts = {kind: make(model, kind, folder) for kind in MADE}
         wrong, longest = [], 0.0
         print(f"{model}: {text.name} in {seeds} parts, a check at the default sampling on each\n")
-        print("seed  artifact  verdict       right  seconds  perplexity ratio to the original   runs repeated")
+        print("seed  artifact  verdict       right  seconds  of CPU  perplexity ratio to the original   runs repeated")
         for seed, part in list(enumerate(parts(text, seeds, folder)))[first:]:
             for kind, artifact in artifacts.items():
-                start = time.perf_counter()
+                start, used = time.perf_counter(), cpu_seconds()
                 report = call("check", artifact, "--against", model, "--text", part, "--out", folder / f"{kind}-{seed}")
-                seconds = time.perf_counter() - start
+                seconds, used = time.perf_counter() - start, cpu_seconds() - used
                 (target,) = report["targets"]
                 right = target["verdict"] == EXPECTED[kind]
                 ratio, rates = target["comparisons"]["compression"]["ppl_ratio"], target["smoke"]["repetition"]
                 print(
-                    f"{seed:4}  {kind:8}  {target['verdict']:12}  {'yes' if right else 'NO':5}  {seconds:7.0f}  "
-                    f"{ratio['value']:.3f} ({ratio['low']:.3f} to {ratio['high']:.3f})".ljust(80)
+                    f"{seed:4}  {kind:8}  {target['verdict']:12}  {'yes' if right else 'NO':5}  {seconds:7.0f}  {used:6.0f}  "
+                    f"{ratio['value']:.3f} ({ratio['low']:.3f} to {ratio['high']:.3f})".ljust(88)
                     + f"  {rates['original']:.2f} → {rates['artifact']:.2f}",
                     flush=True,
                 )
