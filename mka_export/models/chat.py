@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Conversation = list[dict[str, str]]  # turns, each with its role and its content
-PATIENCE = 60.0  # seconds for a template, which may well loop for ever
+PATIENCE = 300.0  # seconds for a template, which may well loop for ever; a busy machine is slow to load the library
 _SHOWN = 160  # characters of an error
 
 

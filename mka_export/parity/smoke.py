@@ -104,25 +104,39 @@ def check_chat_template(original: Runtime, artifact: Runtime, conversations: Seq
     A conversation that the original's template refuses (some know no system's turn) is left out.
     """
     name = "chat_template"
-    expected = original.render_chats(conversations)
+    try:
+        expected = original.render_chats(conversations)
+    except RuntimeFailure as error:
+        reason = f"The original's own chat template cannot be used, so nothing is compared: {error}"
+        return SmokeCheck(name, "inconclusive", reason)
     if expected is None:
         return SmokeCheck(name, "pass", "The original has no chat template, so there is nothing to compare.")
+    return SmokeCheck(name, *_compare_chats(expected, original, artifact, conversations))
+
+
+def _compare_chats(
+    expected: Sequence[Rendered], original: Runtime, artifact: Runtime, conversations: Sequence[Conversation]
+) -> tuple[Outcome, str]:
     try:
         found = artifact.render_chats(conversations)
     except RuntimeFailure as error:
-        return SmokeCheck(name, "fail", f"The artifact's chat template cannot be used: {error}")
+        return "fail", f"The artifact's chat template cannot be used: {error}"
     if found is None:
-        return SmokeCheck(name, "fail", "The artifact has no chat template, and the original has one.")
+        return "fail", "The artifact has no chat template, and the original has one."
     pairs = [(one, other) for one, other in zip(expected, found, strict=True) if one.error is None]
     if not pairs:
-        reason = (
-            f"The original's own chat template renders no conversation, so nothing is compared: {expected[0].error}"
+        why = expected[0].error
+        return (
+            "inconclusive",
+            f"The original's own chat template renders no conversation, so nothing is compared: {why}",
         )
-        return SmokeCheck(name, "inconclusive", reason)
-    if wrong := _first_parted(pairs) or first_difference(original, artifact, (one.text for one, _ in pairs)):
-        return SmokeCheck(name, "fail", f"The artifact reads a conversation otherwise than the original: {wrong}.")
-    reason = f"The artifact's chat template renders {len(pairs)} conversations as the original's does, to the same ids."
-    return SmokeCheck(name, "pass", reason)
+    wrong = _first_parted(pairs) or first_difference(original, artifact, (one.text for one, _ in pairs))
+    if wrong:
+        return "fail", f"The artifact reads a conversation otherwise than the original: {wrong}."
+    return (
+        "pass",
+        f"The artifact's chat template renders {len(pairs)} conversations as the original's does, to the same ids.",
+    )
 
 
 def check_ends(original: Runtime, ends: frozenset[int], ordinary: NDArray[np.int64]) -> SmokeCheck:

@@ -99,6 +99,15 @@ def test_a_template_that_never_ends_is_given_up(
     assert "no sign of life for 1 seconds" in check.reason
 
 
+def test_an_original_whose_template_never_ends_leaves_it_open(
+    pico_llama: Path, pico_gguf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(chat, "PATIENCE", 1.0)
+    check = templates(changed(pico_llama, tmp_path / "endless", chat_template=LOOP), pico_gguf)
+    assert check.verdict == "inconclusive"
+    assert "The original's own chat template cannot be used" in check.reason
+
+
 def test_the_same_text_of_other_ids_fails(original: TorchRuntime, gguf_like: Write, tmp_path: Path, here: None) -> None:
     """A vocabulary in which the mark of a turn is no special token."""
     check = templates(original, gguf_like(tmp_path / "plain.gguf", special=()))
