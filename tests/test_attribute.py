@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from click.testing import CliRunner, Result
+from mmlu_data import write_mmlu
 from pico import make_pico
 
 from mka_export.cli import main
@@ -84,6 +85,29 @@ def test_without_it_nothing_is_measured_again(done, wide):
     result = json.loads(type_in(wide, *[a for a in RUN if a != "--attribute"], "--out", out).stdout)
     assert all(stage["reused"] for stage in result["stages"])
     assert [step["name"] for step in result["targets"][0]["steps"]] == ["original", "merged", "artifact"]
+
+
+def test_the_weights_are_asked_too_and_nothing_is_measured_again(done, wide, tmp_path):
+    out, report = done
+    questions = ["--mmlu", write_mmlu(tmp_path / "mmlu"), "--mmlu-questions", "9", "--mmlu-shots", "1"]
+    found = json.loads(type_in(wide, *RUN, *questions, "--out", out).stdout)
+    steps = ["original", "merged", "quantized", "artifact"]
+    (target,) = found["targets"]
+    assert [step["name"] for step in target["mmlu"]["steps"]] == steps
+    assert target["mmlu"]["comparisons"]["conversion"]["against"] == "merged"
+    ln_ppl, mmlu = target["attribution"]
+    assert ln_ppl == report["targets"][0]["attribution"][0]
+    right = {step["name"]: step["accuracy"]["value"] for step in target["mmlu"]["steps"]}
+    assert [step["name"] for step in mmlu["steps"]] == steps[1:]
+    for step in mmlu["steps"]:
+        assert step["change"]["value"] == pytest.approx(right[step["name"]] - right[step["against"]])
+    made = {stage["name"] for stage in found["stages"] if not stage["reused"]}
+    assert made == {"mmlu/original", "mmlu/merged", "mmlu/quantized/gguf-q4", "mmlu/targets/gguf-q4"}
+    assert not [path for path in out.rglob("*.safetensors") if "quantized" in path.parts]
+    assert not list(out.rglob(".*.pieces"))
+    again = json.loads(type_in("report", out, "--json", "--quiet").stdout)
+    assert again["targets"] == found["targets"]
+    assert type_in("verify", out, "--quiet").exit_code == 0
 
 
 def test_the_disk_it_takes_is_forecast(done, wide, tmp_path):

@@ -16,7 +16,7 @@ from mka_export.errors import RuntimeFailure, UsageError
 from mka_export.models.checkpoint import Checkpoint, read_json
 from mka_export.models.tokenizer import text_ids
 from mka_export.options import MmluOptions
-from mka_export.parity.comparison import ORIGINAL
+from mka_export.parity.comparison import ORIGINAL, QUANTIZED
 from mka_export.parity.metrics import ARTIFACT
 from mka_export.parity.mmlu.answers import ask
 from mka_export.parity.mmlu.figures import Answers, Asked
@@ -105,7 +105,12 @@ class Asking:
         return {"questions": prompts_sha256(map(_text, self.sheet.prompts)), "letters": list(self.sheet.letters)}
 
     def ask(
-        self, target: Target, open_artifact: Open, files: Mapping[str, str], lineage: Mapping[str, Checkpoint] | None
+        self,
+        target: Target,
+        open_artifact: Open,
+        files: Mapping[str, str],
+        lineage: Mapping[str, Checkpoint] | None,
+        open_weights: Open | None = None,
     ) -> Asked:
         """Ask an artifact and the models it comes from, each once for all targets.
 
@@ -113,6 +118,7 @@ class Asking:
             open_artifact: opens it in the target's runtime.
             files: sha256 of its files.
             lineage: name -> the checkpoints between the original and it, in order, as far as they are known.
+            open_weights: opens its weights in torch, where they are asked too.
 
         Raises:
             RuntimeFailure: the artifact's runtime fails, or the artifact reads the questions as other tokens.
@@ -120,6 +126,11 @@ class Asking:
         steps = {ORIGINAL: self._job.original, **(lineage or {})}
         for name, checkpoint in steps.items():
             self._checkpoint(name, checkpoint)
+        names = [*steps, ARTIFACT]
+        if open_weights is not None:
+            names.insert(len(steps), QUANTIZED)
+            weights = {"artifact": dict(files), "device": self._job.device.device}
+            self._stage(_stage(QUANTIZED, target.name), weights, open_weights)
 
         def checked() -> Runtime:
             runtime = open_artifact()
@@ -130,7 +141,7 @@ class Asking:
 
         inputs = {"artifact": dict(files), "runtime": target.runtime, "devices": asdict(self._job.device)}
         self._stage(_stage(ARTIFACT, target.name), inputs, checked)
-        return read_asked(self._job.workspace.path, [*steps, ARTIFACT], target.name)
+        return read_asked(self._job.workspace.path, names, target.name)
 
     def original(self) -> Answers:
         """Ask the original, in torch."""
@@ -203,7 +214,8 @@ def _write(asked: Asked, index: int, folder: Path) -> None:
 
 def _stage(step: str, target: str) -> str:
     """Return the name of a step's stage: checkpoints are asked once for all targets."""
-    return f"{MMLU}/targets/{target}" if step == ARTIFACT else f"{MMLU}/{step}"
+    group = {ARTIFACT: f"{MMLU}/targets/{target}", QUANTIZED: f"{MMLU}/{QUANTIZED}/{target}"}
+    return group.get(step, f"{MMLU}/{step}")
 
 
 def _text(prompt: Prompt) -> str:

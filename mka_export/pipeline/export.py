@@ -154,9 +154,10 @@ class Export(Job):
             stages[f"{PARITY}/{target.name}"] = Need(memory=measuring_bytes(model, made.kept, *windows))
             if self._attribute and target.runtime == GGUF_RUNTIME:
                 unpacked = unpacked_bytes(shallow, made.kept)
-                stages[f"{QUANTIZED}/{target.name}"] = Need(
-                    scratch=unpacked, memory=measuring_bytes(shallow, 0, *windows)
-                )
+                need = Need(scratch=unpacked, memory=measuring_bytes(shallow, 0, *windows))
+                stages[f"{QUANTIZED}/{target.name}"] = need
+                if self.asking.wanted:
+                    stages[f"{MMLU}/{QUANTIZED}/{target.name}"] = Need(scratch=unpacked)
         if self.asking.wanted:
             largest = max(need.kept for need in stages.values()) if stages else 0
             stages[MMLU] = Need(memory=max(pass_bytes(model), largest))

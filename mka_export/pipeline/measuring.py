@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from contextlib import closing
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -20,10 +21,11 @@ from mka_export.parity.mmlu.figures import Asked
 from mka_export.parity.runtimes import RUNTIME_PACKAGES, Runtime, open_runtime
 from mka_export.parity.smoke import check_chat_template, check_ends, smoke
 from mka_export.parity.tokenizer_check import first_difference
+from mka_export.pipeline.asking import Open
 from mka_export.pipeline.job import PARITY, Job, versions
 from mka_export.pipeline.measured import Measured, empty_facts
 from mka_export.target import Artifact, Target, load_converter
-from mka_export.workspace import publish_folder
+from mka_export.workspace import kept_pieces, pieces_folder, publish_folder
 
 SAMPLE_TOKENS = 32
 GGUF_RUNTIME = "llama.cpp"
@@ -68,17 +70,21 @@ class Measuring:
         """Measure an artifact, unless it was, and judge it: the report's entry for its target."""
         target, artifact = subject.target, subject.artifact
         measured, details = self._measured(subject), dict(artifact.details)
-        if subject.attribute and target.runtime == GGUF_RUNTIME:
-            quantized = self._quantized(subject)
-            measured = measured.with_step(quantized)
-            details["bits_per_weight_of_original"] = quantized.facts["bits_per_weight_of_original"]
-        elif subject.attribute:
-            why = (
-                f"--attribute: the weights of {target.name} cannot be read back into torch, so what rounding lost is not "
-                "told from what the runtime does."
-            )
-            details["warnings"] = [*details.get("warnings", []), why]
-        asked, failures = self._asked(subject) if measured.scores and self._job.asking.wanted else (None, [])
+        with self._weights(subject) as weights:
+            opened = None
+            if subject.attribute and target.runtime == GGUF_RUNTIME:
+                quantized = self._quantized(subject, weights)
+                measured = measured.with_step(quantized)
+                details["bits_per_weight_of_original"] = quantized.facts["bits_per_weight_of_original"]
+                opened = weights if quantized.scores else None
+            elif subject.attribute:
+                why = (
+                    f"--attribute: the weights of {target.name} cannot be read back into torch, so what rounding lost is "
+                    "not told from what the runtime does."
+                )
+                details["warnings"] = [*details.get("warnings", []), why]
+            wanted = measured.scores and self._job.asking.wanted
+            asked, failures = self._asked(subject, opened) if wanted else (None, [])
         return {
             "name": target.name,
             "artifact": {**self._describe(subject), "details": details},
@@ -86,15 +92,15 @@ class Measuring:
             **measured.judged(target.conversion, target.compression, details.get("warnings", []), asked, failures),
         }
 
-    def _asked(self, subject: Subject) -> tuple[Asked | None, list[str]]:
-        """Ask an artifact MMLU's questions; returns what came of them, or why it fails."""
+    def _asked(self, subject: Subject, weights: Open | None) -> tuple[Asked | None, list[str]]:
+        """Ask an artifact MMLU's questions, and its weights in torch; returns what came of them, or why it fails."""
 
         def opened() -> Runtime:
             return self._open(subject)
 
         asking = self._job.asking
         try:
-            return asking.ask(subject.target, opened, subject.files, subject.lineage), []
+            return asking.ask(subject.target, opened, subject.files, subject.lineage, weights), []
         except RuntimeFailure as error:
             return None, [str(error)]
 
@@ -153,11 +159,29 @@ class Measuring:
         }
         return Measured(facts, scores)
 
-    def _quantized(self, subject: Subject) -> Measured:
-        """Measure the artifact's own weights in torch: step ``quantized``.
+    @contextmanager
+    def _weights(self, subject: Subject) -> Iterator[Open]:
+        """Yield what opens the artifact's own weights in torch.
 
-        They are unpacked for it as any GGUF is, in float16 where they are quantized, and deleted afterwards.
+        They are unpacked when it is called, as any GGUF is, in float16 where they are quantized, and deleted in the end.
         """
+        job = self._job
+        final = job.workspace.path / QUANTIZED / f"{subject.target.name}-weights"
+
+        def opened() -> Runtime:
+            unpacked = kept_pieces(final, {"artifact": dict(subject.files)}) / QUANTIZED
+            if not unpacked.is_dir():
+                with publish_folder(unpacked) as making:
+                    gguf_to_checkpoint(subject.artifact.path, making, job.progress)
+            return job.runtime(Checkpoint.open(unpacked))
+
+        try:
+            yield opened
+        finally:
+            shutil.rmtree(pieces_folder(final), ignore_errors=True)
+
+    def _quantized(self, subject: Subject, weights: Open) -> Measured:
+        """Measure the artifact's own weights in torch: step ``quantized``."""
         job = self._job
         inputs = {
             **job.inputs(job.original),
@@ -167,14 +191,10 @@ class Measuring:
         }
 
         def make(folder: Path, pieces: Path) -> None:
-            unpacked = pieces / QUANTIZED
             facts = empty_facts("torch", versions(*RUNTIME_PACKAGES["torch"]))
             facts["bits_per_weight_of_original"] = self._bits_of_original(subject)
             try:
-                if not unpacked.is_dir():
-                    with publish_folder(unpacked) as making:
-                        gguf_to_checkpoint(subject.artifact.path, making, job.progress)
-                runtime = job.runtime(Checkpoint.open(unpacked))
+                runtime = weights()
                 scores = score(job.measured_ids, runtime, {}, job.progress)
             except (CheckpointError, UnsupportedError) as error:
                 why = f"What rounding lost is not told from what the runtime does: {error}"
