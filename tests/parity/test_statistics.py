@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
+from mka_export.parity import statistics
 from mka_export.parity.statistics import MIN_WINDOWS, Interval, bootstrap_means, perplexity
 
 columns = arrays(np.float64, st.tuples(st.integers(MIN_WINDOWS, 20), st.just(1)), elements=st.floats(-50, 50, width=32))
@@ -87,3 +88,11 @@ def test_the_standard_error_agrees_with_simulation() -> None:
     runs = [perplexity(rng.normal(3, 0.2, (32, 1)) + np.zeros((1, 4))) for _ in range(400)]
     values, errors = np.array(runs).T
     assert errors.mean() == pytest.approx(values.std(), rel=0.1)
+
+
+def test_resamples_are_drawn_in_blocks_as_in_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    values = np.random.default_rng(0).normal(size=(40, 2))
+    whole = bootstrap_means(values, resamples=1000)
+    monkeypatch.setattr(statistics, "DRAWS", 40 * 300)
+    for one, other in zip(whole, bootstrap_means(values, resamples=1000), strict=True):
+        assert vars(one) == pytest.approx(vars(other), rel=1e-12)
