@@ -27,7 +27,7 @@ from mka_export.pipeline.measured import Measured, empty_facts
 from mka_export.target import Artifact, Target, load_converter
 from mka_export.workspace import kept_pieces, pieces_folder, publish_folder
 
-SAMPLE_TOKENS = 32
+SAMPLE_TOKENS = 24
 GGUF_RUNTIME = "llama.cpp"
 
 
