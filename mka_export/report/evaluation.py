@@ -54,7 +54,7 @@ def _print(
     for heading in ("metric", "model", "value"):
         table.add_column(heading)
     if differences:
-        for heading in ("difference (95 %)", "lost, gained", "p"):
+        for heading in ("difference, 95 %", "lost,\ngained", "p"):
             table.add_column(heading)
     for metric in next(iter(metrics.values())):
         for i, (model, figures) in enumerate(metrics.items()):
