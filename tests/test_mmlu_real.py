@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,6 @@ import pytest
 from click.testing import CliRunner
 
 from mka_export.cli import main
-from mka_export.parity.mmlu.questions import LETTERS
 from mka_export.pipeline.asking import read_asked
 
 pytestmark = pytest.mark.real
@@ -36,7 +36,7 @@ def done(real_qwen: Path, questions: Path, tmp_path_factory: pytest.TempPathFact
     out = tmp_path_factory.mktemp("qwen") / "out"
     command = ["convert", real_qwen, "--to", "gguf-f16", "--to", "onnx-fp32", "--mmlu", questions, *ASKED, "--out", out]
     result = CliRunner().invoke(main, [str(part) for part in command])
-    assert result.exit_code == 0, result.output
+    assert result.exit_code in (0, 4), result.output  # so few questions may leave it open
     return out
 
 
@@ -73,10 +73,8 @@ def test_without_examples_it_guesses_which_is_said(
     result = CliRunner().invoke(main, [str(part) for part in [*command, "--out", tmp_path / "out"]])
     assert result.exit_code in (0, 4), result.output
     (target,) = report(tmp_path / "out")["targets"]
-    letters = target["mmlu"]["steps"][0]["letters"]
-    assert max(letters, key=lambda letter: letters[letter]) in LETTERS
     warnings = " ".join(target["warnings"])
-    assert "to " in warnings and "% of MMLU's questions" in warnings
+    assert re.search(r"The original model answers [ABCD] to \d+ % of MMLU's questions", warnings)
     assert "mmlu_drop" in {c["metric"] for c in target["comparisons"]["compression"]["checks"]} or (
         "no better than chance" in warnings
     )

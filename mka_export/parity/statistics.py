@@ -80,6 +80,22 @@ def perplexity(nll: NDArray[np.float64]) -> tuple[float, float]:
     return value, value * error
 
 
+def shift_seen(interval: Interval) -> float:
+    """Return the smallest true shift of a mean that as many windows show in ``POWER`` of cases, by its interval's width."""
+    error = (interval.high - interval.low) / 2 / _quantile(CONFIDENCE)
+    return (_quantile(CONFIDENCE) + _quantile(2 * POWER - 1)) * error
+
+
+def cases_to_decide(interval: Interval, limit: float, cases: int) -> int | None:
+    """Return how many cases would bring the whole interval to one side of ``limit``, if the figure stays as it is.
+
+    None where it stands on the limit, or has no interval.
+    """
+    reach = interval.high - interval.value if interval.value < limit else interval.value - interval.low
+    distance = abs(limit - interval.value)
+    return math.ceil(cases * (reach / distance) ** 2) if distance and math.isfinite(reach) else None
+
+
 def share(count: int, of: int) -> Interval:
     """Return a share of independent cases with Wilson's interval (doi:10.1080/01621459.1927.10502953)."""
     low, high = stats.binomtest(count, of).proportion_ci(CONFIDENCE, method="wilson")

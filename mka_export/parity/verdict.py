@@ -10,7 +10,7 @@ from typing import Any, Literal
 from mka_export.parity.comparison import COMPRESSION, CONVERSION, Comparison, Difference
 from mka_export.parity.metrics import ARTIFACT
 from mka_export.parity.mmlu.figures import Change, Mmlu
-from mka_export.parity.statistics import MIN_WINDOWS, Interval
+from mka_export.parity.statistics import MIN_WINDOWS, Interval, cases_to_decide
 from mka_export.target import Limits
 
 Outcome = Literal["pass", "fail", "inconclusive"]
@@ -95,6 +95,7 @@ class Verdict:
             "against": difference.against,
             "tokens": difference.tokens,
             "ppl_ratio": _finite(asdict(difference.ppl_ratio)),
+            **_finite({"ppl_ratio_seen": difference.ppl_ratio_seen}),
             "kl": _finite(
                 {
                     "mean": kl.value,
@@ -134,7 +135,8 @@ def judge(
         assert comparison is not None
         hard += [f"{kind.capitalize()}: {what}." for what in _broken(difference)]
         blind = _at_chance(comparison, difference)
-        checks[kind] = tuple(_checks(kind, difference, limits[kind], skip_ratio=blind))
+        found = _checks(kind, difference, limits[kind], skip_ratio=blind)
+        checks[kind] = tuple(_with_advice(check, comparison.windows) for check in found)
         if mmlu is not None and kind in mmlu.comparisons:
             checks[kind] += tuple(_mmlu_check(kind, mmlu.comparisons[kind]))
         warnings += _warnings(comparison, difference, blind)
@@ -160,6 +162,14 @@ def _checks(kind: str, difference: Difference, limits: Limits, *, skip_ratio: bo
         yield _check("mean_kl", against.format("mean KL divergence"), difference.mean_kl, limits.max_mean_kl, 1)
     if limits.min_top1 is not None:
         yield _check("top1", against.format("top-1 agreement"), difference.top1, limits.min_top1, -1)
+
+
+def _with_advice(check: Check, windows: int) -> Check:
+    """Return a check that is left open with how many windows would close it."""
+    wanted = cases_to_decide(Interval(check.value, check.low, check.high), check.limit, windows)
+    if check.verdict != "inconclusive" or wanted is None:
+        return check
+    return replace(check, reason=f"{check.reason} About {wanted:,} windows would tell.")
 
 
 def _mmlu_check(kind: str, change: Change) -> Iterable[Check]:

@@ -175,6 +175,7 @@ def _comparisons(comparisons: Mapping[str, Mapping[str, Any]]) -> Table:
     table = _table("95 % intervals", *(f"{kind} against {c['against']}" for kind, c in comparisons.items()))
     kinds = list(comparisons.values())
     table.add_row("perplexity ratio", *(interval(c["ppl_ratio"]) + _judged(c, "ppl_ratio", "≤") for c in kinds))
+    table.add_row("smallest ratio seen", *(Text(number(c["ppl_ratio_seen"])) for c in kinds))
     table.add_row(
         "mean KL, nats",
         *(interval({**c["kl"], "value": c["kl"]["mean"]}) + _judged(c, "mean_kl", "≤") for c in kinds),

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from mka_export.parity import statistics
-from mka_export.parity.statistics import MIN_WINDOWS, Interval, bootstrap_means, perplexity
+from mka_export.parity.statistics import MIN_WINDOWS, Interval, bootstrap_means, cases_to_decide, perplexity, shift_seen
 
 columns = arrays(np.float64, st.tuples(st.integers(MIN_WINDOWS, 20), st.just(1)), elements=st.floats(-50, 50, width=32))
 
@@ -96,3 +96,21 @@ def test_resamples_are_drawn_in_blocks_as_in_one(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(statistics, "DRAWS", 40 * 300)
     for one, other in zip(whole, bootstrap_means(values, resamples=1000), strict=True):
         assert vars(one) == pytest.approx(vars(other), rel=1e-12)
+
+
+def test_what_so_many_windows_show_they_show_as_often_as_is_said() -> None:
+    rng, windows = np.random.default_rng(8), 40
+    (interval,) = bootstrap_means(rng.normal(0, 1, (windows, 1)))
+    assert shift_seen(interval) == pytest.approx(2.8 / np.sqrt(windows), rel=0.25)  # (1.96 + 0.84) standard errors
+    shown = [
+        bootstrap_means(rng.normal(2.8 / np.sqrt(windows), 1, (windows, 1)), resamples=500)[0].low > 0
+        for _ in range(300)
+    ]
+    assert 0.72 < np.mean(shown) < 0.88
+
+
+def test_cases_to_decide_bring_the_interval_to_the_limit() -> None:
+    assert cases_to_decide(Interval(1.0, 0.75, 1.5), 1.25, 16) == 64  # twice as near takes four times as many
+    assert cases_to_decide(Interval(1.5, 1.0, 1.625), 1.25, 16) == 64
+    assert cases_to_decide(Interval(1.3, 1.2, 1.5), 1.3, 16) is None
+    assert cases_to_decide(Interval(1.2, -np.inf, np.inf), 1.3, 3) is None

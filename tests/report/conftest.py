@@ -12,6 +12,7 @@ def comparison(against: str, verdict: str, ratio: float) -> dict[str, Any]:
         "against": against,
         "tokens": 8176,
         "ppl_ratio": {"value": ratio, "low": ratio - 0.04, "high": ratio + 0.05},
+        "ppl_ratio_seen": 1.06,
         "kl": {"mean": 0.2113, "low": 0.2, "high": 0.22, "median": 0.1043, "p99": 1.789},
         "top1": {"value": 0.8123, "low": 0.8, "high": 0.82},
         "limits": {"max_ppl_ratio": 1.35},
