@@ -100,7 +100,8 @@ class Change:
     @property
     def drop(self) -> Interval:
         """What was lost: the change, turned round."""
-        return Interval(-self.change.value, -self.change.high, -self.change.low)
+        value, low, high = (0.0 - x for x in (self.change.value, self.change.high, self.change.low))  # 0 has no sign
+        return Interval(value, low, high)
 
 
 @dataclass(frozen=True)
