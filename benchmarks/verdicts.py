@@ -104,7 +104,7 @@ def main(model: str, text: Path, seeds: int, first: int, folder: Path | None) ->
                 )
                 wrong += [] if right else [f"{kind}, seed {seed}"]
                 longest = max(longest, seconds)
-        print(f"\nwrong verdicts: {', '.join(wrong) or 'none'}; the longest check took {longest:.0f} seconds")
+        print(f"\n{len(wrong)} wrong verdicts {wrong or ''}; the longest check took {longest:.0f} seconds")
         sys.exit(1 if wrong else 0)
 
 
