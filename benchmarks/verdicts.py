@@ -98,13 +98,13 @@ def main(model: str, text: Path, seeds: int, first: int, folder: Path | None) ->
                 ratio, rates = target["comparisons"]["compression"]["ppl_ratio"], target["smoke"]["repetition"]
                 print(
                     f"{seed:4}  {kind:8}  {target['verdict']:12}  {'yes' if right else 'NO':5}  {seconds:7.0f}  {used:6.0f}  "
-                    f"{ratio['value']:.3f} ({ratio['low']:.3f} to {ratio['high']:.3f})".ljust(88)
+                    f"{ratio['value']:.4g} ({ratio['low']:.4g} to {ratio['high']:.4g})".ljust(88)
                     + f"  {rates['original']:.2f} → {rates['artifact']:.2f}",
                     flush=True,
                 )
                 wrong += [] if right else [f"{kind}, seed {seed}"]
                 longest = max(longest, seconds)
-        print(f"\nwrong verdicts: {len(wrong)} {wrong or ''}; the longest check took {longest:.0f} seconds")
+        print(f"\n{len(wrong)} wrong verdicts {wrong or ''}; the longest check took {longest:.0f} seconds")
         sys.exit(1 if wrong else 0)
 
 
