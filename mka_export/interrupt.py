@@ -34,6 +34,9 @@ def obeyed(say: Callable[[], None]) -> Iterator[None]:
 
     def interrupt(number: int, frame: FrameType | None) -> None:
         interrupted.set()
+        sys.unraisablehook = lambda _: (
+            None
+        )  # what it leaves half-made, in an import for one, complains when it is freed
         signal.default_int_handler(number, frame)
 
     handler = signal.signal(signal.SIGINT, interrupt)

@@ -27,9 +27,11 @@ UNINTERRUPTIBLE = "import numpy as np; a = np.ones((6000, 6000)); [a @ a for _ i
 
 SWALLOWED = "try: threading.Event().wait(60)\n    except KeyboardInterrupt: raise ValueError('what C code made of it') from None"
 
+HALF_MADE = "half = type('Half', (), {'__del__': lambda self: self.lock})(); threading.Event().wait(60)"
+
 
 @pytest.mark.parametrize(
-    "work", ["threading.Event().wait(60)", SWALLOWED, UNINTERRUPTIBLE, "while libc.sleep(20): pass"]
+    "work", ["threading.Event().wait(60)", SWALLOWED, HALF_MADE, UNINTERRUPTIBLE, "while libc.sleep(20): pass"]
 )
 def test_it_ends_within_seconds_and_says_so_once(work):
     command = [sys.executable, "-c", SCRIPT.format(work=work)]
