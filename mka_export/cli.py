@@ -147,9 +147,9 @@ def similarity(model: str, **groups: Any) -> None:
 @options(chosen=CompareOptions, texts=TextOptions, mmlu=MmluOptions, device=DeviceOptions, output=OutputOptions)
 def compare(model: str, **groups: Any) -> None:
     """Merge MODEL by every method at several ratios, and measure all on the same tokens; prints a table."""
-    from mka_export.pipeline.compare import compare as side_by_side
+    from mka_export.pipeline.compare import Compare
 
-    sys.exit(side_by_side(model, **groups))
+    sys.exit(Compare(model, **groups).carry_out())
 
 
 @main.command(epilog=EPILOG)

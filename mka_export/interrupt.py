@@ -34,9 +34,8 @@ def obeyed(say: Callable[[], None]) -> Iterator[None]:
 
     def interrupt(number: int, frame: FrameType | None) -> None:
         interrupted.set()
-        sys.unraisablehook = lambda _: (
-            None
-        )  # what it leaves half-made, in an import for one, complains when it is freed
+        # What it leaves half-made, in an import for one, complains when it is freed.
+        sys.unraisablehook = lambda _: None
         signal.default_int_handler(number, frame)
 
     handler = signal.signal(signal.SIGINT, interrupt)

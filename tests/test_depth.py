@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner, Result
+from mmlu_data import write_mmlu
 from transformers import AutoModelForCausalLM
 
 from mka_export.cli import main
@@ -239,3 +240,15 @@ def test_a_finished_search_is_not_forecast_again(searched):
     model, out, _ = searched
     job = [model, *AUTO, "--max-ppl-ratio", "9", "--out", out, *SMALL, "--dry-run", "--json"]
     assert json.loads(type_in(*job).stdout)["disks"][str(out)]["needed"] == 0
+
+
+def test_the_search_depends_on_no_questions(searched, tmp_path):
+    model, before, report = searched
+    out = shutil.copytree(before, tmp_path / "out")
+    asked = ["--mmlu", write_mmlu(tmp_path / "mmlu"), "--mmlu-questions", "9", "--mmlu-shots", "0"]
+    result = type_in(model, *AUTO, "--max-ppl-ratio", "9", "--out", out, *SMALL, *LOOSE, "--json", *asked)
+    again = json.loads(result.stdout)
+    assert again["mmlu"]["questions"] == 9
+    made = {stage["name"] for stage in again["stages"] if not stage["reused"]}
+    assert made == {"mmlu/original", "mmlu/merged", "mmlu/targets/gguf-f16"}
+    assert again["merge"] == report["merge"]

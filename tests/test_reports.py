@@ -14,8 +14,9 @@ from click.testing import CliRunner, Result
 from mmlu_data import write_mmlu
 
 from mka_export.cli import main
+from mka_export.parity.metrics import Scores
 from mka_export.pipeline import measuring
-from mka_export.pipeline.measured import Measured, woven
+from mka_export.pipeline.measured import Measured
 
 SMALL = ["--windows", "8", "--window-tokens", "64", "--device", "cpu", "--quiet"]
 ASKED = ["--mmlu-questions", "40", "--mmlu-shots", "1"]
@@ -186,8 +187,9 @@ def test_a_shard_whose_runtime_failed_fails_all(shards):
 
 @pytest.mark.parametrize("count", [1, 2, 3, 7, 9])
 def test_what_was_dealt_out_is_woven_together(count):
-    items = list(range(7))
-    assert woven([items[index::count] for index in range(count)]) == items
+    items = np.arange(7.0)[:, None]
+    parts = [Scores({"original": items[index::count]}, {}) for index in range(count)]
+    assert Scores.join(parts).nll["original"].tolist() == items.tolist()
 
 
 def test_a_report_is_written_anew_from_what_was_measured(folder, whole, tmp_path):

@@ -25,8 +25,9 @@ def last_states(runner: LayerRunner, groups: Sequence[Group], progress: Progress
 def rest_states(runner: LayerRunner, groups: Sequence[Group], progress: Progress) -> Iterator[list[Tensor]]:
     """Yield the states after the last layer, behind what the texts begin with: in order, (T, hidden) each, some at a time.
 
-    A group that is too large for memory is cut, and what its texts begin with goes through once for each part. How the texts of a group go on is padded on the right, to the longest of a batch of similar lengths: a causal model
-    does not see it.
+    A group that is too large for memory is cut, and what its texts begin with goes through once for each part. How the
+    texts of a group go on is padded on the right, to the longest of a batch of similar lengths: a causal model does not
+    see it.
     """
     for parts in _as_memory_allows(groups, STATE_BYTES // (4 * runner.checkpoint.hidden_size)):
         yield from _run(runner, parts, progress)

@@ -136,7 +136,7 @@ def judge(
         hard += [f"{kind.capitalize()}: {what}." for what in _broken(difference)]
         blind = _at_chance(comparison, difference)
         found = _checks(kind, difference, limits[kind], skip_ratio=blind)
-        checks[kind] = tuple(_with_advice(check, comparison.windows) for check in found)
+        checks[kind] = tuple(_with_advice(check, _windows_for(check, comparison.windows), "windows") for check in found)
         if mmlu is not None and kind in mmlu.comparisons:
             checks[kind] += tuple(_mmlu_check(kind, mmlu.comparisons[kind]))
         warnings += _warnings(comparison, difference, blind)
@@ -164,20 +164,22 @@ def _checks(kind: str, difference: Difference, limits: Limits, *, skip_ratio: bo
         yield _check("top1", against.format("top-1 agreement"), difference.top1, limits.min_top1, -1)
 
 
-def _with_advice(check: Check, windows: int) -> Check:
-    """Return a check that is left open with how many windows would close it."""
-    wanted = cases_to_decide(Interval(check.value, check.low, check.high), check.limit, windows)
-    if check.verdict != "inconclusive" or wanted is None:
+def _with_advice(check: Check, wanted: int | None, what: str) -> Check:
+    """Return a check, where it is left open, with how many windows or questions would close it."""
+    if check.verdict != "inconclusive" or not wanted:
         return check
-    return replace(check, reason=f"{check.reason} About {wanted:,} windows would tell.")
+    return replace(check, reason=f"{check.reason} About {wanted:,} {what} would tell.")
+
+
+def _windows_for(check: Check, windows: int) -> int | None:
+    return cases_to_decide(Interval(check.value, check.low, check.high), check.limit, windows)
 
 
 def _mmlu_check(kind: str, change: Change) -> Iterable[Check]:
     if change.margin is not None and change.informative:
         name = f"{kind.capitalize()}: the drop on MMLU from the {change.against} model"
         check = _check("mmlu_drop", name, change.drop, change.margin, 1)
-        more = f" About {change.questions_for_margin:,} questions would tell." if change.questions_for_margin else ""
-        yield replace(check, reason=check.reason + more) if check.verdict == "inconclusive" else check
+        yield _with_advice(check, change.questions_for_margin, "questions")
 
 
 def _mmlu_warnings(mmlu: Mmlu) -> list[str]:

@@ -18,7 +18,7 @@ from mka_export.models.tokenizer import text_ids
 from mka_export.options import MmluOptions
 from mka_export.parity.comparison import ORIGINAL, QUANTIZED
 from mka_export.parity.metrics import ARTIFACT
-from mka_export.parity.mmlu.answers import ask
+from mka_export.parity.mmlu.answers import LogLetters, ask
 from mka_export.parity.mmlu.figures import Answers, Asked
 from mka_export.parity.mmlu.prompts import Prompt, Sheet, make_sheet
 from mka_export.parity.mmlu.questions import HUB, Subject, load_subjects, prompts_sha256, sample
@@ -143,15 +143,14 @@ class Asking:
         self._stage(_stage(ARTIFACT, target.name), inputs, checked)
         return read_asked(self._job.workspace.path, names, target.name)
 
-    def original(self) -> Answers:
-        """Ask the original, in torch."""
+    def original(self) -> Asked:
+        """Ask the original alone, in torch."""
         self._checkpoint(ORIGINAL, self._job.original)
-        return read_asked(self._job.workspace.path, [ORIGINAL], "").answers[0]
+        return read_asked(self._job.workspace.path, [ORIGINAL], "")
 
-    def chosen(self, runtime: Runtime) -> list[int]:
-        """Return what a model answers, 0 to 3, without keeping it."""
-        letters = np.concatenate(list(runtime.next_log_probs(self.sheet.groups(), self.sheet.letters)))
-        return [int(answer) for answer in letters.argmax(axis=1)]
+    def letters(self, runtime: Runtime) -> LogLetters:
+        """Return what a model answers (questions, 4), without keeping it."""
+        return np.concatenate(list(runtime.next_log_probs(self.sheet.groups(), self.sheet.letters)))
 
     def _checkpoint(self, name: str, checkpoint: Checkpoint) -> None:
         inputs = {"checkpoint": checkpoint.fingerprint, "device": self._job.device.device}

@@ -8,7 +8,6 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from mka_export.errors import UsageError, unknown_name
 from mka_export.inputs import CALIBRATION_WINDOW
@@ -29,9 +28,9 @@ from mka_export.options import (
     OutputOptions,
     TextOptions,
 )
-from mka_export.parity.comparison import ORIGINAL
-from mka_export.parity.mmlu.questions import LETTERS
-from mka_export.parity.statistics import at_chance, bootstrap_means, paired_change, perplexity, share
+from mka_export.parity.comparison import COMPRESSION, MERGED, ORIGINAL
+from mka_export.parity.mmlu.figures import Answers, compare_answers
+from mka_export.parity.statistics import bootstrap_means, perplexity
 from mka_export.pipeline.asking import MMLU
 from mka_export.pipeline.job import PACKAGES, SAMPLED, Job, stem, versions
 from mka_export.pipeline.requests import check_merge, merge_settings
@@ -74,20 +73,10 @@ ALL = [
 ]
 
 
-def compare(
-    model: str,
-    chosen: CompareOptions,
-    texts: TextOptions,
-    mmlu: MmluOptions,
-    device: DeviceOptions,
-    output: OutputOptions,
-) -> int:
-    """Merge a model by several methods, several ratios each, and measure all in torch; prints table or JSON."""
-    return Compare(model, chosen, texts, mmlu, device, output).carry_out()
-
-
 class Compare(Job):
-    """A job whose stages are one method at one number of layers each.
+    """Merge a model by several methods, several ratios each, and measure all in torch.
+
+    The stages are one method at one number of layers each.
 
     Raises:
         UsageError: besides what ``Job`` checks, a method or a ratio is none.
@@ -112,14 +101,14 @@ class Compare(Job):
         self.spare_the_model(SAMPLED, MMLU, ORIGINAL, *(one.name for one in self.contestants))
 
     def carry_out(self) -> int:
-        """Do all of it; returns the exit code."""
+        """Do all of it, and print table or JSON; returns the exit code."""
         with Workspace(self.out, self.progress) as self.workspace:
             self.open()
             planned = [(one, list(self._settings(one))) for one in self.contestants]
             self._check_room([settings for _, several in planned for settings in several])
             self._trials = Trials(self, self.evaluation.ids, divergence=True)
             original = self._trials.original(ORIGINAL)
-            self._original_chosen = self.asking.original().chosen if self.asking.wanted else None
+            self._asked = self.asking.original() if self.asking.wanted else None
             rows = [row for one, several in planned for row in self._method(one, several)]
             self._trials.end()
             found = self._summary(original, rows)
@@ -186,13 +175,13 @@ class Compare(Job):
                     "perplexity": value,
                     "perplexity_se": error,
                     "bits_per_byte": original.mean() / bits,
-                    "mmlu": self._known(self._original_chosen),
+                    "mmlu": self._known(),
                 },
                 "against": OURS,
                 "results": [
                     {
                         **_figures(row, original, None if row.name == OURS else ours.get(row.layers), bits),
-                        "mmlu": self._known(np.array(row.trial.chosen)),
+                        "mmlu": self._known(row.trial),
                     }
                     for row in rows
                 ],
@@ -200,17 +189,20 @@ class Compare(Job):
         )
         return found
 
-    def _known(self, chosen: NDArray[np.intp] | None) -> dict[str, Any] | None:
-        """Return accuracy on the questions, and its change from the original's, paired; None where none were asked."""
-        if self._original_chosen is None or chosen is None or not len(chosen):
+    def _known(self, trial: Trial | None = None) -> dict[str, Any] | None:
+        """Return accuracy on the questions, of the original or of a trial, and its change; None where none were asked."""
+        if self._asked is None or (trial is not None and trial.error is not None):
             return None
-        truth = np.array([prompt.answer for prompt in self.asking.sheet.prompts])
-        before, after = self._original_chosen == truth, chosen == truth
-        right, gained, lost = (int(mask.sum()) for mask in (after, after & ~before, before & ~after))
+        asked = self._asked
+        if trial is not None:
+            answers = Answers(MERGED, "torch", self.device.device, trial.letters)
+            asked = dataclasses.replace(asked, answers=(*asked.answers, answers))
+        found = compare_answers(asked, {COMPRESSION: (ORIGINAL, None)})
+        step, change = found.steps[-1], found.comparisons[COMPRESSION].change
         return {
-            "accuracy": dataclasses.asdict(share(right, len(truth))),
-            "change": dataclasses.asdict(paired_change(gained, lost, len(truth))),
-            "at_chance": at_chance(right, len(truth), len(LETTERS)),
+            "accuracy": dataclasses.asdict(step.accuracy),
+            "change": dataclasses.asdict(change),
+            "at_chance": step.at_chance,
         }
 
 

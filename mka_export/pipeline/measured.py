@@ -132,14 +132,6 @@ class Measured:
         return found
 
 
-def woven(parts: Sequence[Sequence[Any]]) -> list[Any]:
-    """Return the items of all parts in the order that they had before every so-many-th went into one."""
-    found: list[Any] = [None] * sum(map(len, parts))
-    for start, part in enumerate(parts):
-        found[start :: len(parts)] = part
-    return found
-
-
 def _added(speeds: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     return {
         kind: {key: sum(speed[kind][key] for speed in speeds) for key in ("tokens", "seconds")}

@@ -75,7 +75,7 @@ def join(folders: Sequence[Path], out: Path | None, *, as_json: bool, quiet: boo
             answers = [answered for folder in shards if (answered := _asked(folder, entry)) is not None]
             asked = Asked.join(answers) if len(answers) == len(shards) else None
             if asked is not None:
-                publish_asked(asked, workspace, entry["name"], {"joined": [dict(part.files) for part in parts]})
+                publish_asked(asked, workspace, entry["name"], inputs)
             failures = [] if asked or report["mmlu"] is None else _errors(entry["name"], shards.values())
             _rejudge(entry, joined, asked, failures)
         return _finish(report, workspace, load_json(folders[0] / MANIFEST), as_json)

@@ -21,6 +21,7 @@ from mka_export.models.checkpoint import Checkpoint, read_json
 from mka_export.models.runner import MakesNaN
 from mka_export.parity.comparison import MERGED, ORIGINAL
 from mka_export.parity.metrics import ARTIFACT, Scores, score
+from mka_export.parity.mmlu.answers import LogLetters
 from mka_export.parity.runtimes import Windows
 from mka_export.pipeline.job import Job
 from mka_export.report import with_nulls
@@ -41,7 +42,7 @@ class Trial:
         error: why so many layers cannot be merged so; None where they can.
         nll, kl, top1: of the merged checkpoint, in torch: loss, divergence from the original in nats, and share of tokens
             with the same most likely next. The last two are empty unless they were asked for, all where it failed.
-        chosen: its answers to the job's questions, 0 to 3; empty where none are asked.
+        letters: its answers to the job's questions (questions, 4); empty where none are asked.
         seconds: that choosing and fusing took, those of earlier runs included.
         peak_memory_bytes: of anonymous memory that they took.
     """
@@ -51,7 +52,7 @@ class Trial:
     nll: Means
     kl: Means
     top1: Means
-    chosen: list[int]
+    letters: LogLetters
     seconds: float
     peak_memory_bytes: int
 
@@ -68,6 +69,7 @@ class Trials:
 
     def __init__(self, job: Job, windows: Windows, *, divergence: bool) -> None:
         self._job, self._windows, self._divergence = job, windows, divergence
+        self._asks = divergence and job.asking.wanted
         self._inputs = {
             **job.inputs(job.original),
             **job.evaluation_inputs(),
@@ -97,7 +99,7 @@ class Trials:
         merge = dataclasses.asdict(settings)
         merged = {**self._inputs, "calibration": job.calibration.sha256, "merge": merge}
         shared = {**merged, "merge": {**merge, "remove": None}}
-        inputs = {**merged, "questions": job.asking.inputs}
+        inputs = {**merged, "questions": job.asking.inputs if self._asks else None}
 
         def make(stage: Path, pieces: Path) -> None:
             try:
@@ -110,7 +112,8 @@ class Trials:
         found = read_json(path / RESULT)
         nll, kl, top1 = (_array(found, key) for key in ("nll", "kl", "top1"))
         cost = found.get("seconds", 0.0), found.get("peak_memory_bytes", 0)
-        return Trial(path / PLAN, found.get("error"), nll, kl, top1, found.get("chosen", []), *cost)
+        letters = _array(found, "letters").astype(np.float32)
+        return Trial(path / PLAN, found.get("error"), nll, kl, top1, letters, *cost)
 
     def _try(self, settings: Settings, folder: Path, pieces: Path) -> dict[str, Any]:
         """Merge, measure, and leave only the plan in ``folder``.
@@ -128,7 +131,7 @@ class Trials:
             references = {ORIGINAL: job.reference} if self._divergence else {}
             made = job.runtime(Checkpoint.open(merged))
             scores = score(self._windows, made, references, job.progress)
-            asked = {"chosen": job.asking.chosen(made)} if self._divergence and job.asking.wanted else {}
+            asked = {"letters": with_nulls(job.asking.letters(made).tolist())} if self._asks else {}
         finally:
             shutil.rmtree(merged)
         write_json(folder / PLAN, plan.to_dict())

@@ -17,7 +17,7 @@ from markupsafe import Markup
 from mka_export.needs import size
 from mka_export.report import charts, svg
 from mka_export.report.command import command
-from mka_export.report.figures import figures, paper_ratio, questions_source, reasons, with_interval
+from mka_export.report.figures import METRICS, figures, paper_ratio, questions_source, reasons, with_interval
 from mka_export.report.terminal import model_line, number, spans_text, text_source
 
 if TYPE_CHECKING:
@@ -25,7 +25,6 @@ if TYPE_CHECKING:
 
 TEMPLATES = Path(__file__).with_name("templates")
 SIGNIFICANT = 0.05  # share of false discoveries among the groups that are marked
-HEADLINES = ("ppl_ratio", "mean_kl", "top1", "mmlu_drop")
 
 
 def report_html(report: Mapping[str, Any]) -> str:
@@ -100,7 +99,7 @@ def _visible(value: object) -> object:
 def _headlines(target: Mapping[str, Any]) -> dict[str, Any]:
     """Return the figures against the original that stand beside the verdict, by metric."""
     found = {figure.key: figure for figure in figures(target) if figure.kind == "compression"}
-    return {key: found[key] for key in HEADLINES if key in found}
+    return {key: found[key] for key in METRICS if key in found}
 
 
 def _by_category(mmlu: Mapping[str, Any]) -> list[tuple[Mapping[str, Any], list[Mapping[str, Any]]]]:

@@ -7,12 +7,11 @@ from typing import Any
 
 from mka_export.needs import size
 from mka_export.report.command import command
-from mka_export.report.figures import figures, reasons, with_interval
+from mka_export.report.figures import METRICS, figures, reasons, with_interval
 from mka_export.report.markdown import code, details, escape, table
 from mka_export.report.terminal import model_line, number, text_source
 
 SIGNS = {"pass": "✅ pass", "fail": "❌ fail", "inconclusive": "❔ inconclusive"}
-HEADLINES = ("ppl_ratio", "mean_kl", "top1", "mmlu_drop")
 
 
 def summary_markdown(report: Mapping[str, Any]) -> str:
@@ -42,7 +41,7 @@ def _verdicts(report: Mapping[str, Any]) -> list[str]:
         share = artifact and artifact["share_of_original"]
         large = size(artifact["nbytes"]) if artifact else "–"
         large += f" ({100 * share:.0f} % of the original)" if share is not None else ""
-        cells = [found[key].text if key in found else "–" for key in HEADLINES]
+        cells = [found[key].text if key in found else "–" for key in METRICS]
         rows.append([SIGNS[target["verdict"]], escape(target["name"]), large, *cells])
     used = [i for i in range(len(columns)) if i < 3 or any(row[i] != "–" for row in rows)]
     return table([columns[i] for i in used], [[row[i] for i in used] for row in rows])

@@ -21,6 +21,15 @@ SUBJECTS = {
     "other": "business_ethics clinical_knowledge college_medicine global_facts human_aging management marketing "
     "medical_genetics miscellaneous nutrition professional_accounting professional_medicine virology",
 }
+NO_FIGURES: dict[str, Any] = {  # of a target whose runtime failed
+    "steps": [],
+    "comparisons": {},
+    "attribution": [],
+    "profile": None,
+    "speed": None,
+    "smoke": None,
+    "samples": [],
+}
 EDGES = [10 ** (i / 2 - 4) for i in range(11)]
 
 

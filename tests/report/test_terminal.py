@@ -6,6 +6,7 @@ import math
 from typing import Any
 
 import pytest
+from full_report import NO_FIGURES
 from rich.console import Console
 
 from mka_export.report import print_report
@@ -110,15 +111,7 @@ def test_tokenizers_that_differ_are_loud(report: dict[str, Any], target: dict[st
 def test_a_target_without_figures(report: dict[str, Any], target: dict[str, Any]) -> None:
     report["merge"] = None
     target |= {"verdict": "fail", "error": "the runtime crashed", "artifact": None, "tokenizer": None}
-    target |= {
-        "steps": [],
-        "comparisons": {},
-        "attribution": [],
-        "profile": None,
-        "speed": None,
-        "smoke": None,
-        "samples": [],
-    }
+    target |= NO_FIGURES
     lines = printed(report).splitlines()
     assert lines[0].split() == ["FAIL", "gguf-q4"]
     assert lines[1].strip() == "the runtime crashed"
