@@ -47,16 +47,20 @@ def fit_weights(graph: Path, checkpoint: Checkpoint, ids: Tensor, progress: Prog
     states, names = runner.embed(ids), checkpoint.architecture.layer
     with progress.task("fit the 4-bit weights to the calibration text", checkpoint.num_layers) as task:
         for index in range(checkpoint.num_layers):
-            weights, grams = runner.weights(index), Grams()
+            fitted = [
+                (matrix, [names[role] for role in roles])
+                for node, roles in MATRICES.items()
+                if (matrix := matrices[node_name(index, node)]).bits == 4
+            ]
+            weights, grams = runner.weights(index), Grams({_module(parts) for _, parts in fitted})
             batches = list(runner.batches(*ids.shape))
             for batch in batches:
                 check_finite(
                     runner.run_layer(index, weights, states[batch], grams), f"layer {index}", range(len(ids))[batch]
                 )
             rounded = dict(weights)
-            for node, roles in MATRICES.items():
-                if (matrix := matrices[node_name(index, node)]).bits == 4:
-                    rounded |= _fit(matrix, [names[role] for role in roles], weights, grams)
+            for matrix, parts in fitted:
+                rounded |= _fit(matrix, parts, weights, grams)
             for batch in batches:
                 states[batch] = runner.run_layer(index, rounded, states[batch])
             task.advance()
@@ -68,8 +72,13 @@ def _fit(matrix: NBits, names: list[str], weights: Mapping[str, Tensor], grams: 
     whole = torch.cat([weights[name] for name in names])
     if whole.shape != matrix.shape or (matrix.read().dequantize() - whole).norm() > ALIKE * whole.norm():
         raise unknown_builder(f"the builder's {matrix.name} is not {' + '.join(names)}")
-    gram = grams[names[0].removesuffix(".weight")]
+    gram = grams[_module(names)]
     blocks = fit_scales(quantize(whole, gram, matrix.bits, matrix.block, matrix.symmetric), whole, gram)
     matrix.write(blocks)
     parts = torch.split(blocks.dequantize(), [len(weights[name]) for name in names])
     return dict(zip(names, parts, strict=True))
+
+
+def _module(names: list[str]) -> str:
+    """Return the first of the modules whose weights make up a matrix: all have the same input."""
+    return names[0].removesuffix(".weight")

@@ -19,10 +19,10 @@ from mka_onnx.building import unknown_builder
 from mka_onnx.eight_bits import round_anew
 from mka_onnx.embedding import own_embedding, plain_embedding, quantize_embedding
 from mka_onnx.settings import Precision
+from mka_onnx.tokenizer import copy_tokenizer
 
 GENAI_CONFIG, CONFIG = "genai_config.json", "config.json"
 CACHE_WIDTH = "kv_cache_dim"  # the builder's symbol for a head's width
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
 
 
 def finish(folder: Path, checkpoint: Checkpoint, precision: Precision, block: int) -> list[str]:
@@ -33,6 +33,7 @@ def finish(folder: Path, checkpoint: Checkpoint, precision: Precision, block: in
     - In a graph of 4 bits those of 8 have wider blocks: see ``mka_onnx.eight_bits``.
     - The embedding of a quantized graph has 8 bits, and is looked up by standard operators: see ``mka_onnx.embedding``.
     - ``config.json`` is the checkpoint's, with what transformers.js needs to know.
+    - So is the tokenizer, with what onnxruntime-genai needs to know: see ``mka_onnx.tokenizer``.
 
     Args:
         checkpoint: what it was made from.
@@ -70,10 +71,7 @@ def finish(folder: Path, checkpoint: Checkpoint, precision: Precision, block: in
     _write(folder / GENAI_CONFIG, config)
     for_browser = {"dtype": precision.dtype, **({"use_external_data_format": True} if external else {})}
     _write(folder / CONFIG, {**load_json(checkpoint.path / CONFIG), "transformers.js_config": for_browser})
-    for name in (*TOKENIZER_FILES, "generation_config.json"):  # the checkpoint's own, not as they were saved anew
-        (folder / name).unlink(missing_ok=True)
-        if (checkpoint.path / name).is_file():
-            shutil.copyfile(checkpoint.path / name, folder / name)
+    copy_tokenizer(checkpoint, folder)
     shutil.rmtree(folder / "cache", ignore_errors=True)
     size = data.stat().st_size if external else 0
     if size <= BROWSER_BUFFER:

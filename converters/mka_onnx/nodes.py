@@ -41,7 +41,7 @@ def eight_bits(precision: Precision, options: Options, layers: int) -> list[str]
     found = [HEAD]
     if options.mixed == "sensitive":
         found += [node_name(layer, QKV) for layer in range(layers)]
-        ends = {*range(max(1, layers // 10)), *range(layers - max(2, layers // 5), layers)} & set(range(layers))
+        ends = {*range(max(1, layers // 10)), *range(layers - max(2, layers // 6), layers)} & set(range(layers))
         found += [node_name(layer, matrix) for layer in sorted(ends) for matrix in (GATE, UP)]
         found += [node_name(layer, DOWN) for layer in range(layers) if layer in ends or _more_bits(layer, layers)]
     return found

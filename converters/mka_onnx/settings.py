@@ -60,7 +60,7 @@ class Options:
         algorithm: how weights of 4 bits are rounded: ``rtn`` to the nearest, ``k_quant`` with a search for scales, ``gptq``
             with a look at what they are multiplied with on the calibration text.
         mixed: which matrices of an int4 graph have 8 bits: ``none``, the ``head``, or the ``sensitive`` ones too: all q, k
-            and v, the MLPs of the first tenth of the layers and the last fifth, and down in the first and last eighth and
+            and v, the MLPs of the first tenth of the layers and the last sixth, and down in the first and last eighth and
             every third layer.
         file_stem: the folder's name without the precision; if None, the checkpoint folder's.
     """

@@ -109,7 +109,7 @@ class LayerRunner:
         def work(states: Tensor) -> tuple[Tensor]:
             if statistics is None:
                 return (self._run_layer(index, weights, states),)
-            seen = type(statistics)()  # of this attempt, which may end half-way
+            seen = statistics.empty()  # of this attempt, which may end half-way
             with self._watched(index, seen):
                 after = self._run_layer(index, weights, states)
             statistics.include(seen)

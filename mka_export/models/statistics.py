@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
@@ -20,7 +21,9 @@ if TYPE_CHECKING:
 class InputStatistics(Protocol):
     """What ``LayerRunner.run_layer`` tells of the inputs of one layer's linear modules."""
 
-    def __init__(self) -> None: ...
+    def empty(self) -> Self:
+        """Return one like this that has seen nothing."""
+        ...
 
     def add(self, path: str, inputs: Tensor) -> None:
         """Add the input (batch, tokens, features) of module ``path``."""
@@ -37,6 +40,10 @@ class ColumnStatistics:
     def __init__(self) -> None:
         self._sums: dict[str, Tensor] = {}
         self._rows: dict[str, int] = {}
+
+    def empty(self) -> ColumnStatistics:
+        """Return one that has seen nothing."""
+        return ColumnStatistics()
 
     def add(self, path: str, inputs: Tensor) -> None:
         """Add the input (batch, tokens, features) of module ``path``."""
@@ -73,20 +80,30 @@ class ColumnStatistics:
 
 
 class Grams:
-    """Gram matrices Σ x xᵀ of the inputs of one layer's linear modules; modules with the same input share one.
+    """Gram matrices Σ x xᵀ of the inputs of some of one layer's linear modules; modules with the same input share one.
+
+    Args:
+        paths: of these modules.
 
     Attributes:
         tokens: how many the sums are over.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, paths: Collection[str]) -> None:
         self.tokens = 0
+        self._paths = paths
         self._sums: dict[str, Tensor] = {}
         self._first: dict[str, str] = {}  # module -> the first one with the same input
         self._last: tuple[str, Tensor] | None = None
 
+    def empty(self) -> Grams:
+        """Return one for the same modules that has seen nothing."""
+        return Grams(self._paths)
+
     def add(self, path: str, inputs: Tensor) -> None:
-        """Add the input (batch, tokens, features) of module ``path``."""
+        """Add the input (batch, tokens, features) of module ``path``, if it is one of those."""
+        if path not in self._paths:
+            return
         if self._last is not None and self._last[1] is inputs:
             self._first[path] = self._last[0]
             return

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from mka_export.parity.runtimes import Runtime
+import regex
+
+from mka_export.parity.runtimes import MISREAD, Runtime
 
 _SHOWN = 4  # ids shown on each side of a difference
 
@@ -33,6 +35,21 @@ class TokenDifference:
             f"token ids of {text!r} differ at position {self.position}: "
             f"original {list(self.reference[shown])}, artifact {list(self.artifact[shown])}"
         )
+
+
+def without_misread(runtime: str, texts: Iterable[str]) -> tuple[list[str], list[str]]:
+    """Cut out of ``texts`` what a runtime is known to read otherwise than it should.
+
+    Returns:
+        the pieces that are left, and what was cut out, each once.
+    """
+    if runtime not in MISREAD:
+        return list(texts), []
+    pattern, pieces, odd = regex.compile(MISREAD[runtime]), list[str](), dict[str, None]()
+    for text in texts:
+        pieces += filter(None, pattern.split(text))
+        odd |= dict.fromkeys(pattern.findall(text))
+    return pieces, list(odd)
 
 
 def first_difference(reference: Runtime, artifact: Runtime, texts: Iterable[str]) -> TokenDifference | None:

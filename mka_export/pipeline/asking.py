@@ -23,7 +23,7 @@ from mka_export.parity.mmlu.figures import Answers, Asked
 from mka_export.parity.mmlu.prompts import Prompt, Sheet, make_sheet
 from mka_export.parity.mmlu.questions import HUB, Subject, load_subjects, prompts_sha256, sample
 from mka_export.parity.runtimes import Runtime
-from mka_export.parity.tokenizer_check import first_difference
+from mka_export.parity.tokenizer_check import first_difference, without_misread
 from mka_export.target import Target
 from mka_export.workspace import Workspace, published, write_json
 
@@ -134,7 +134,8 @@ class Asking:
 
         def checked() -> Runtime:
             runtime = open_artifact()
-            if other := first_difference(self._job.reference, runtime, map(_text, self.sheet.prompts)):
+            texts, _ = without_misread(runtime.name, map(_text, self.sheet.prompts))
+            if other := first_difference(self._job.reference, runtime, texts):
                 runtime.close()
                 raise RuntimeFailure(str(other))
             return runtime

@@ -14,20 +14,23 @@ import pytest
 import torch
 from mka_onnx import building, check, conversion, need
 from mka_onnx.nbits import quantized_matrices
+from mka_onnx.tokenizer import copy_tokenizer
 from onnx_tools import target
 from pico import CHAT_TEMPLATE, make_pico
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from mka_export.data import load_json
 from mka_export.errors import ConversionError, RuntimeFailure, UnsupportedError
 from mka_export.models.checkpoint import Checkpoint
 from mka_export.models.onnx_file import read_graph
 from mka_export.models.outline import Outline
-from mka_export.models.text import sample_conversations
+from mka_export.models.text import sample_conversations, tokenizer_corpus
 from mka_export.parity.runtimes import Prefixed, open_runtime
 from mka_export.parity.runtimes.genai_runtime import GenaiRuntime
 from mka_export.parity.runtimes.onnx_runtime import OnnxRuntime
 from mka_export.parity.runtimes.torch_runtime import TorchRuntime
 from mka_export.parity.smoke import check_chat_template
+from mka_export.parity.tokenizer_check import without_misread
 
 IDS = np.random.default_rng(11).integers(3, 640, (2, 200))  # longer than a batch of logits, and no multiple of it
 RUNTIMES = [OnnxRuntime, GenaiRuntime]
@@ -98,13 +101,53 @@ def test_tokens_after_texts_that_begin_alike_are_as_likely_as_by_transformers(ru
 @pytest.mark.parametrize("runtime", RUNTIMES)
 def test_token_ids_are_the_same(runtime, pico, convert_to):
     opened, tokenizer = runtime(convert_to(pico, "fp32").path), AutoTokenizer.from_pretrained(pico)
-    for text in (
-        "The quick brown fox, 12345 times.",
-        "def f(x):\n\treturn x\n\n",
-        "naïve 日本語 🚀",
-        "<|im_start|>user\nHi",
-    ):
+    texts, _ = without_misread(opened.name, [*tokenizer_corpus(), "<|im_start|>user\nHi", "a  1,   'b':\t\t20"])
+    for text in texts:
         assert opened.tokenize(text) == tokenizer.encode(text, add_special_tokens=False), text
+    assert opened.detokenize(opened.tokenize(texts[-1])) == texts[-1]
+
+
+def test_digits_are_tokens_of_their_own_to_a_tokenizer_that_splits_them_off(pico_llama, convert_to):
+    """onnxruntime-genai knows no other way to do so."""
+    made = load_json(convert_to(pico_llama, "fp32").path / "tokenizer.json")
+    given = load_json(pico_llama / "tokenizer.json")
+    digits = [token for token in made["added_tokens"] if token not in given["added_tokens"]]
+    assert {token["content"]: token["id"] for token in digits} == {d: given["model"]["vocab"][d] for d in "0123456789"}
+    assert not any(token["special"] for token in digits)
+    assert {**made, "added_tokens": given["added_tokens"]} == given
+
+
+def test_without_a_tokenizer_json_the_builder_s_stays(pico_llama, tmp_path):
+    """As for checkpoints that have SentencePiece's tokenizer.model alone."""
+    folder, out = shutil.copytree(pico_llama, tmp_path / "pico"), tmp_path / "out"
+    out.mkdir()
+    shutil.move(folder / "tokenizer.json", out)
+    (out / "special_tokens_map.json").write_text("{}")
+    copy_tokenizer(Checkpoint.open(folder), out)
+    assert {path.name for path in out.iterdir()} >= {
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "special_tokens_map.json",
+    }
+    size = (out / "tokenizer.json").stat().st_size
+    assert size < (pico_llama / "tokenizer.json").stat().st_size / 2
+
+
+@pytest.mark.parametrize("other", ["normalizer", "later", "prefix"])
+def test_a_tokenizer_that_may_read_otherwise_by_it_keeps_its_digits(other, pico_llama, tmp_path):
+    folder, out = shutil.copytree(pico_llama, tmp_path / "pico"), tmp_path / "out"
+    out.mkdir()
+    tokenizer = load_json(folder / "tokenizer.json")
+    steps = tokenizer["pre_tokenizer"]["pretokenizers"]
+    if other == "normalizer":
+        tokenizer["normalizer"] = {"type": "NFC"}
+    elif other == "later":
+        steps.reverse()
+    else:
+        steps[1]["add_prefix_space"] = True
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+    copy_tokenizer(Checkpoint.open(folder), out)
+    assert load_json(out / "tokenizer.json") == tokenizer
 
 
 @pytest.mark.parametrize("name", ["onnxruntime", "onnxruntime-genai"])
@@ -160,7 +203,8 @@ def test_the_folder_is_what_every_client_looks_for(pico_llama, convert_to):
     assert caches
     width = json.loads((pico_llama / "config.json").read_text())["head_dim"]
     assert all(value.type.tensor_type.shape.dim[3].dim_value == width for value in caches)
-    assert (made.path / "tokenizer.json").read_bytes() == (pico_llama / "tokenizer.json").read_bytes()
+    for name in ("tokenizer_config.json", "chat_template.jinja"):  # tokenizer.json has a test of its own
+        assert (made.path / name).read_bytes() == (pico_llama / name).read_bytes()
 
 
 @pytest.mark.parametrize(

@@ -22,10 +22,12 @@ from transformers import AutoModelForCausalLM
 from mka_export.inputs import windows_of
 from mka_export.models.checkpoint import Checkpoint
 from mka_export.models.sources import cache_folder, fetch, resolve
-from mka_export.models.text import load_text, sample_prompts
+from mka_export.models.text import load_text, sample_prompts, tokenizer_corpus
 from mka_export.models.tokenizer import load_tokenizer
 from mka_export.parity.runtimes.genai_runtime import GenaiRuntime
 from mka_export.parity.runtimes.onnx_runtime import OnnxRuntime
+from mka_export.parity.runtimes.torch_runtime import TorchRuntime
+from mka_export.parity.tokenizer_check import first_difference, without_misread
 from mka_export.progress import Progress
 
 pytestmark = pytest.mark.real
@@ -63,6 +65,21 @@ def test_float32_is_as_close_to_float64_as_torch(model, request, convert_to):
     print(f"from float64, in log-probabilities: at most {largest}, root mean square {typical}")
     assert largest["onnxruntime"] <= 2 * min(largest["sdpa"], largest["eager"])
     assert typical["onnxruntime"] <= 2 * min(typical["sdpa"], typical["eager"])
+
+
+@pytest.mark.parametrize("model", ["real_smollm2", "real_qwen"])
+def test_onnxruntime_genai_reads_text_as_the_original(model, request, convert_to, shared_data):
+    path = request.getfixturevalue(model)
+    checkpoint = Checkpoint.open(fetch(resolve(str(path)), cache_folder(), Progress(quiet=True)).path)
+    genai, wikitext = (
+        GenaiRuntime(convert_to(checkpoint.path, "fp32").path),
+        shared_data / "wikitext2" / "wiki.test.raw",
+    )
+    texts, misread = without_misread(genai.name, [*tokenizer_corpus(), wikitext.read_text(encoding="utf-8")])
+    assert first_difference(TorchRuntime(checkpoint.path), genai, texts) is None
+    assert (
+        first_difference(TorchRuntime(checkpoint.path), genai, misread) is not None
+    )  # when it reads these too, look anew
 
 
 def test_four_bits_do_not_break_a_small_model(four_bits):
@@ -113,3 +130,12 @@ def test_transformers_js_generates_what_onnxruntime_genai_does(four_bits, transf
         ids = genai.tokenize(prompt)
         assert made["prompt"] == ids
         require_same_or_a_tie(runtime, ids, made["all"][len(ids) :], genai.generate([ids], tokens)[0])
+
+
+def test_transformers_js_reads_text_as_the_original(four_bits, transformers_js):
+    texts = tokenizer_corpus()
+    command = ["node", "tokenize.mjs", four_bits[0], json.dumps(texts)]
+    done = subprocess.run(command, cwd=transformers_js, check=True, capture_output=True, text=True)
+    runtime = OnnxRuntime(four_bits[0])
+    for text, ids in zip(texts, json.loads(done.stdout), strict=True):
+        assert ids == runtime.tokenize(text), text

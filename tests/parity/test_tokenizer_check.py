@@ -2,7 +2,7 @@ from __future__ import annotations
 
 from parity_fakes import FakeRuntime
 
-from mka_export.parity.tokenizer_check import first_difference
+from mka_export.parity.tokenizer_check import first_difference, without_misread
 
 ORIGINAL = FakeRuntime([1], 1, ["one", "two", "three"])
 
@@ -29,3 +29,12 @@ def test_a_missing_tail_is_a_difference() -> None:
     found = first_difference(ORIGINAL, Forgetful([1], 1, ORIGINAL.vocabulary), ["one two"])
     assert found is not None
     assert found.position == 1
+
+
+def test_what_a_runtime_is_known_to_misread_is_cut_out() -> None:
+    texts = ["above\n \n\nbelow", "1 ½ and 2  ٣٤", "no  1", "next\x85's"]
+    assert without_misread("llama.cpp", texts) == (texts, [])
+    assert without_misread("onnxruntime-genai", texts) == (
+        ["above", "below", "1", " and 2", "٤", "no  1", "next", "s"],
+        ["\n \n\n", " ½", "  ٣", "\x85'"],
+    )

@@ -107,6 +107,10 @@ RUNTIME_PACKAGES = {  # whose versions a measurement depends on
     "onnxruntime": ("onnxruntime",),
     "onnxruntime-genai": ("onnxruntime-genai", "onnxruntime"),
 }
+# Text that a runtime's own tokenizers are known to read otherwise than they should, whatever the artifact says: to
+# onnxruntime-genai 0.18 a blank line with blanks is two line ends, white space belongs to a numeral after it (other than 0 to
+# 9, which our folders have as tokens of their own), and U+0085 is no white space.
+MISREAD = {"onnxruntime-genai": r"\s*[\r\n][^\S\r\n]+[\r\n]\s*|\s+(?![0-9])\p{N}|\s*\x85[\s']*"}
 
 
 def open_runtime(name: str, path: Path, **options: object) -> Runtime:
