@@ -88,9 +88,8 @@ def main(models: tuple[str, ...], text: Path | None, windows: int, window_tokens
             command = [sys.executable, "-c", "from mka_export.cli import main; main()", "convert", str(checkpoint)]
             command += ["--to", GGUF, "--to", ONNX, "--out", str(out), "--quiet"]
             command += ["--windows", str(windows), "--window-tokens", str(window_tokens)]
-            done = subprocess.run(
-                command + (["--text", str(text)] if text else []), check=False, stderr=subprocess.PIPE
-            )
+            command += ["--text", str(text)] if text else []
+            done = subprocess.run(command, check=False, capture_output=True)
             if done.returncode not in FINISHED:
                 sys.exit(done.stderr.decode())
             report = json.loads((out / "report.json").read_text())

@@ -1,4 +1,4 @@
-"""python generate.py GRAPH PROMPTS TOKENS: greedy continuations by ONNX Runtime alone, as JSON: token ids of each prompt.
+"""python onnx_generate.py GRAPH PROMPTS TOKENS: greedy continuations by ONNX Runtime alone, as JSON: token ids of each prompt.
 
 It needs numpy and onnxruntime only, so that it runs where nothing else is installed. PROMPTS are lists of token ids, as JSON.
 """

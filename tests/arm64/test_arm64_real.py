@@ -1,0 +1,80 @@
+"""The same artifacts on another processor: ONNX Runtime's wheel for arm64, and llama.cpp compiled for it, in qemu."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+from collections.abc import Callable
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+from ties import require_same_or_a_tie
+
+from mka_export.cli import main
+from mka_export.models.text import sample_prompts
+from mka_export.parity.runtimes import Runtime
+from mka_export.parity.runtimes.llama_cpp_runtime import LlamaCppRuntime
+from mka_export.parity.runtimes.onnx_runtime import OnnxRuntime
+
+pytestmark = pytest.mark.real
+QEMU, TOKENS = "qemu-aarch64-static", 4
+ROUNDED = (
+    0.4  # nats: rounding what goes into a matrix to 8 bits shifts the likeliest tokens by 0.1 in the mean, 0.36 at most
+)
+Ids = list[list[int]]
+Generate = Callable[[str, Path, Ids], Ids]
+
+
+@pytest.fixture(params=["neoverse-n1", "max"])  # without and with the instructions for matrices of int8
+def generate(request: pytest.FixtureRequest) -> Generate:
+    """``generate(script, model, prompts)`` on an arm64 processor."""
+    if shutil.which(QEMU) is None:
+        pytest.skip(f"there is no {QEMU}")
+    if not (folder := os.environ.get("MKA_TEST_ARM64")):
+        pytest.skip("MKA_TEST_ARM64 names no folder that tests/arm64/prepare.sh made")
+    root, site = Path(folder) / "root", Path(folder) / "site"
+
+    def run(script: str, model: Path, prompts: Ids) -> Ids:
+        python = [
+            QEMU,
+            "-cpu",
+            request.param,
+            "-L",
+            root,
+            "-E",
+            f"PYTHONPATH={site}",
+            root / "usr" / "bin" / "python3.11",
+        ]
+        command = [*python, Path(__file__).with_name(script), model, json.dumps(prompts), str(TOKENS)]
+        made: Ids = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+        return made
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def gguf(real_smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("gguf") / "out"
+    arguments = ["convert", real_smollm2, "--to", "gguf-q4", "--out", out, "--windows", "2", "--window-tokens", "16"]
+    CliRunner().invoke(main, [*map(str, arguments), "--quiet"])
+    (path,) = out.glob("gguf-q4/*.gguf")
+    return path
+
+
+def require_the_same(generate: Generate, script: str, model: Path, runtime: Runtime) -> None:
+    prompts = [runtime.tokenize(prompt) for prompt in sample_prompts()]
+    for prompt, theirs in zip(prompts, generate(script, model, prompts), strict=True):
+        require_same_or_a_tie(runtime, prompt, theirs, runtime.generate([prompt], TOKENS)[0], ROUNDED)
+
+
+def test_onnx_runtime_generates_what_it_does_here(generate, four_bits):
+    require_the_same(generate, "onnx_generate.py", four_bits[0] / "onnx" / "model_q4.onnx", OnnxRuntime(four_bits[0]))
+
+
+def test_llama_cpp_generates_what_it_does_here(generate, gguf):
+    with closing(LlamaCppRuntime(gguf)) as runtime:
+        require_the_same(generate, "gguf_generate.py", gguf, runtime)
