@@ -227,7 +227,7 @@ class Measuring:
         if difference is not None:
             facts["failures"] = [str(difference)]
         elif odd := first_difference(reference, runtime, [*misread, *tokenizer_oddities()]):
-            facts["oddities"] = [f"unusual text: {odd}"]
+            facts["oddities"] = [f"{runtime.name} reads some unusual text otherwise: {odd}"]
 
     def _continued(self, drafts: list[list[int]]) -> list[list[int]]:
         """Return the original's continuations of the sample prompts, found sooner where an artifact's are alike."""
