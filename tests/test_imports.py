@@ -27,3 +27,12 @@ def test_light_modules_stay_light(module: str) -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=REPOSITORY)
     assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("module", ["llama_cpp_runtime", "onnx_runtime", "genai_runtime"])
+def test_the_runtimes_of_artifacts_need_no_torch(module: str) -> None:
+    """Each starts in a process of its own, a second sooner without."""
+    pytest.importorskip("onnxruntime_genai")
+    code = f"import sys, mka_export.parity.runtimes.{module}; print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=REPOSITORY)
+    assert done.stdout.strip() == "False"

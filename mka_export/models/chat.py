@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from multiprocessing.connection import Connection
 from typing import TYPE_CHECKING, Any
 
@@ -51,7 +53,7 @@ def render(template: str, special: Mapping[str, str], conversations: Sequence[Co
 def render_apart(
     what: str, template: str, special: Mapping[str, str], conversations: Sequence[Conversation]
 ) -> list[Rendered]:
-    """Do what ``render`` does in a process of its own.
+    """Do what ``render`` does in a process of its own, once for each template: a process that takes a second to start.
 
     Args:
         what: whose template it is, for the message.
@@ -59,7 +61,12 @@ def render_apart(
     Raises:
         RuntimeFailure: it takes more time or memory than a template may.
     """
-    with Child(f"the chat template of {what}", _serve, template, special, conversations, patience=PATIENCE) as child:
+    return list(_rendered_apart(what, json.dumps([template, dict(special), conversations])))
+
+
+@cache
+def _rendered_apart(what: str, arguments: str) -> list[Rendered]:
+    with Child(f"the chat template of {what}", _serve, *json.loads(arguments), patience=PATIENCE) as child:
         rendered: list[Rendered] = child.receive()
         return rendered
 

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from mka_export.errors import CheckpointError
-from mka_export.models.checkpoint import Checkpoint
+
+if TYPE_CHECKING:
+    from mka_export.models.checkpoint import Checkpoint  # it loads torch, which the runtimes of artifacts need not
 
 
 def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
@@ -18,7 +21,11 @@ def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
     """
     # tokenizer.json says everything. AutoTokenizer would build some families (Qwen2) anew from the vocabulary
     # alone, and put in what the file may not have.
-    kind = PreTrainedTokenizerFast if (path / "tokenizer.json").is_file() else AutoTokenizer
+    kind: type[Any] = PreTrainedTokenizerFast
+    if not (path / "tokenizer.json").is_file():
+        from transformers import AutoTokenizer  # it loads torch
+
+        kind = AutoTokenizer
     try:
         tokenizer = kind.from_pretrained(path, trust_remote_code=False, local_files_only=True)
     except BaseException as error:  # transformers raises whatever its parsers raise; a panic in Rust is no Exception
