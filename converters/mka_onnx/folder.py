@@ -17,7 +17,7 @@ from mka_export.models.onnx_file import initializers, read_graph
 from mka_export.needs import BROWSER_BUFFER
 from mka_onnx.building import unknown_builder
 from mka_onnx.eight_bits import round_anew
-from mka_onnx.embedding import own_embedding, plain_embedding, quantize_embedding
+from mka_onnx.embedding import LOOKUP, own_embedding, plain_embedding, quantize_embedding
 from mka_onnx.settings import Precision
 from mka_onnx.tokenizer import copy_tokenizer
 
@@ -73,10 +73,14 @@ def finish(folder: Path, checkpoint: Checkpoint, precision: Precision, block: in
     _write(folder / CONFIG, {**load_json(checkpoint.path / CONFIG), "transformers.js_config": for_browser})
     copy_tokenizer(checkpoint, folder)
     shutil.rmtree(folder / "cache", ignore_errors=True)
-    size = data.stat().st_size if external else 0
-    if size <= BROWSER_BUFFER:
-        return []
-    return [f"{data.name} has {size / 1e9:.1f} GB; a browser holds at most 2.1 GB in one buffer, and will not open it"]
+    size, warnings = data.stat().st_size if external else 0, []
+    if size > BROWSER_BUFFER:
+        warnings.append(
+            f"{data.name} has {size / 1e9:.1f} GB; a browser holds at most 2.1 GB in one buffer, and will not open it"
+        )
+    if any(node.op_type == LOOKUP for node in model.graph.node):
+        warnings.append(f"the embedding has 4 bits and is looked up by {LOOKUP}, which browsers have on WebGPU only")
+    return warnings
 
 
 def _refer(tensor: TensorProto, name: str) -> None:

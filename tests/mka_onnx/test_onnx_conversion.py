@@ -207,6 +207,12 @@ def test_the_folder_is_what_every_client_looks_for(pico_llama, convert_to):
         assert (made.path / name).read_bytes() == (pico_llama / name).read_bytes()
 
 
+@pytest.mark.parametrize("mixed", ["none", "head"])
+def test_an_embedding_that_browsers_compute_on_webgpu_only_is_said(mixed, pico_llama, convert_to):
+    said = " ".join(convert_to(pico_llama, "int4", mixed=mixed).details["warnings"])
+    assert ("looked up by GatherBlockQuantized, which browsers have on WebGPU only" in said) == (mixed == "none")
+
+
 @pytest.mark.parametrize(
     ("model", "precision"),
     [
