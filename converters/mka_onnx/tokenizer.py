@@ -38,14 +38,14 @@ def copy_tokenizer(checkpoint: Checkpoint, folder: Path) -> None:
 
 def _splits_digits_first(tokenizer: dict[str, Any]) -> bool:
     """Whether digits are split off before all else, and what is left is read as it would be by itself."""
-    steps = tokenizer["pre_tokenizer"] or {}
+    steps = tokenizer.get("pre_tokenizer") or {}
     first, *rest = steps.get("pretokenizers") or [steps]
     alone = first.get("type") == "Digits" and first["individual_digits"]
-    return alone and tokenizer["normalizer"] is None and not any(step.get("add_prefix_space") for step in rest)
+    return alone and tokenizer.get("normalizer") is None and not any(step.get("add_prefix_space") for step in rest)
 
 
 def _add_digits(tokenizer: dict[str, Any]) -> None:
-    vocabulary, added = tokenizer["model"]["vocab"], tokenizer["added_tokens"]
+    vocabulary, added = tokenizer["model"]["vocab"], tokenizer.setdefault("added_tokens", [])
     missing = [digit for digit in DIGITS if digit in vocabulary and all(digit != token["content"] for token in added)]
     flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized", "special"), False)
     added += [{"id": vocabulary[digit], "content": digit, **flags} for digit in missing]

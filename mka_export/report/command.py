@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 EMBEDDED = "embedded"
+QUANTIZED = "quantized"  # the step that --attribute adds
 
 
 def command(report: Mapping[str, Any]) -> str:
@@ -44,6 +45,8 @@ def _conditions(report: Mapping[str, Any], targets: Sequence[Mapping[str, Any]])
     if mmlu := report.get("mmlu"):
         yield from ("--mmlu", mmlu["source"], "--mmlu-questions", str(mmlu["questions"]))
         yield from ("--mmlu-shots", str(mmlu["shots"]), "--mmlu-seed", str(mmlu["seed"]))
+    if any(step["name"] == QUANTIZED for target in targets for step in target["steps"]):
+        yield "--attribute"
     yield from _limits(targets)
 
 
@@ -53,6 +56,9 @@ def _merging(merge: Mapping[str, Any]) -> Iterator[str]:
     for key in ("schedule", "protect"):
         if merge.get(key) is not None:
             yield from (f"--{key}", str(merge[key]))
+    similar = [step for step in merge["steps"] if step["similarity"] is not None]
+    if len({step["alpha"] for step in similar}) == 1 and any(step["alpha"] != step["similarity"] for step in similar):
+        yield from ("--alpha", str(similar[0]["alpha"]))
     calibration = merge["calibration"]
     if calibration["source"] != EMBEDDED:
         yield from ("--calibration", calibration["source"])

@@ -43,6 +43,27 @@ def test_a_merge_with_healing(report: dict[str, Any], monkeypatch: pytest.Monkey
     assert (asked["limits"].max_ppl_ratio, asked["limits"].conversion_max_ppl_ratio) == (1.35, 1.35)
 
 
+@pytest.mark.parametrize(
+    ("method", "steps", "alpha"),
+    [
+        ("mka-paper", [(0.97, 0.3), (0.3, 0.3)], 0.3),
+        ("mka-paper", [(0.97, 0.97), (0.9, 0.9)], None),
+        ("tail", [(None, 1.0)], None),
+    ],
+)
+def test_the_weight_of_an_average_is_named_where_it_was_given(method, steps, alpha, report, monkeypatch) -> None:
+    report = enrich(report)
+    made = [{"lower": [8, 8], "upper": [9, 9], "similarity": s, "alpha": a} for s, a in steps]
+    report["merge"] |= {"method": method, "steps": made}
+    assert parsed(command(report), monkeypatch)[1]["merge"].alpha == alpha
+
+
+def test_attribution_is_asked_for_where_it_was_made(report: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    assert not parsed(command(report), monkeypatch)[1]["convert"].attribute
+    report["targets"][0]["steps"].append({"name": "quantized"})
+    assert parsed(command(report), monkeypatch)[1]["convert"].attribute
+
+
 def test_a_conversion_of_a_hub_model(report: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     report["merge"] = None
     report["model"] |= {"name": "org/model", "source": {"kind": "hub", "id": "org/model", "revision": "c" * 40}}
