@@ -20,11 +20,16 @@ from mka_export.parity.runtimes import Runtime
 from mka_export.parity.runtimes.llama_cpp_runtime import LlamaCppRuntime
 from mka_export.parity.runtimes.onnx_runtime import OnnxRuntime
 
-pytestmark = pytest.mark.real
+FOLDER = os.environ.get("MKA_TEST_ARM64", "")
 QEMU, TOKENS = "qemu-aarch64-static", 4
 ROUNDED = (
     0.4  # nats: rounding what goes into a matrix to 8 bits shifts the likeliest tokens by 0.1 in the mean, 0.36 at most
 )
+pytestmark = [
+    pytest.mark.real,
+    pytest.mark.skipif(shutil.which(QEMU) is None, reason=f"there is no {QEMU}"),
+    pytest.mark.skipif(not FOLDER, reason="MKA_TEST_ARM64 names no folder that tests/arm64/prepare.sh made"),
+]
 Ids = list[list[int]]
 Generate = Callable[[str, Path, Ids], Ids]
 
@@ -32,11 +37,7 @@ Generate = Callable[[str, Path, Ids], Ids]
 @pytest.fixture(params=["neoverse-n1", "max"])  # without and with the instructions for matrices of int8
 def generate(request: pytest.FixtureRequest) -> Generate:
     """``generate(script, model, prompts)`` on an arm64 processor."""
-    if shutil.which(QEMU) is None:
-        pytest.skip(f"there is no {QEMU}")
-    if not (folder := os.environ.get("MKA_TEST_ARM64")):
-        pytest.skip("MKA_TEST_ARM64 names no folder that tests/arm64/prepare.sh made")
-    root, site = Path(folder) / "root", Path(folder) / "site"
+    root, site = Path(FOLDER) / "root", Path(FOLDER) / "site"
 
     def run(script: str, model: Path, prompts: Ids) -> Ids:
         python = [

@@ -133,7 +133,7 @@ def test_transformers_js_generates_what_onnxruntime_genai_does(four_bits, transf
 
 
 def test_transformers_js_reads_text_as_the_original(four_bits, transformers_js):
-    texts = tokenizer_corpus()
+    texts, _ = without_misread(GenaiRuntime.name, tokenizer_corpus())  # it knows no digits but 0 to 9 either
     command = ["node", "tokenize.mjs", four_bits[0], json.dumps(texts)]
     done = subprocess.run(command, cwd=transformers_js, check=True, capture_output=True, text=True)
     runtime = OnnxRuntime(four_bits[0])
