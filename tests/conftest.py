@@ -17,6 +17,7 @@ import pytest  # noqa: E402  (after the threads are set)
 from pico import REPOSITORY, make_pico  # noqa: E402
 
 
+@pytest.hookimpl(trylast=True)  # of those that are left by -m
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Let each of two workers, who get half of the tests each, begin with a file that takes a quarter of an hour."""
     one, other = ([item for item in items if item.path.name == name] for name in ("test_real.py", "test_mmlu_real.py"))
