@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import json
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -21,6 +20,7 @@ from typing import Any
 
 import click
 import numpy as np
+from job import report_of
 
 from mka_export.models.checkpoint import Checkpoint
 from mka_export.models.outline import Outline
@@ -28,18 +28,13 @@ from mka_export.models.sources import cache_folder, fetch, resolve
 from mka_export.parity.runtimes import Runtime, open_runtime
 from mka_export.progress import Progress
 
-QUICK = ["--windows", "2", "--window-tokens", "16", "--quiet"]
-FINISHED = (0, 3, 4)  # exit codes: a verdict was reached, whatever it is
+QUICK = ["--windows", "2", "--window-tokens", "16"]
 
 
 def make(arguments: list[str], to: tuple[str, ...], out: Path) -> list[dict[str, Any]]:
     """Run ``mka-export``; returns the report's entries of the targets."""
     targets = [word for name in to for word in ("--to", name)]
-    command = [sys.executable, "-c", "from mka_export.cli import main; main()", *arguments, *targets, *QUICK]
-    done = subprocess.run([*command, "--out", str(out)], check=False, capture_output=True, text=True)
-    if done.returncode not in FINISHED:
-        sys.exit(done.stderr)
-    entries: list[dict[str, Any]] = json.loads((out / "report.json").read_text())["targets"]
+    entries: list[dict[str, Any]] = report_of(*arguments, *targets, *QUICK, "--out", out)["targets"]
     if failed := next((entry for entry in entries if entry["artifact"] is None), None):  # bad ones have a speed too
         sys.exit(f"{failed['name']}: {failed['error']}")
     return entries

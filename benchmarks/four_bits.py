@@ -9,13 +9,12 @@ that file has it. So each MODEL is first written anew as ``off_the_grid`` says: 
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 
 import click
 import torch
+from job import report_of
 from torch import Tensor
 
 from mka_export.models.checkpoint import Checkpoint, CheckpointWriter, copy_tokenizer
@@ -23,7 +22,6 @@ from mka_export.models.sources import cache_folder, fetch, resolve
 from mka_export.progress import Progress
 
 GGUF, ONNX = "gguf-q4", "onnx-int4"
-FINISHED = (0, 3, 4)  # exit codes: a verdict was reached, whatever it is
 
 
 def off_the_grid(source: Checkpoint, folder: Path) -> None:
@@ -80,34 +78,22 @@ def main(models: tuple[str, ...], text: Path | None, windows: int, window_tokens
     """Print a table for MODELS."""
     print(f"{windows} windows of {window_tokens} tokens of {text.name if text else 'our own text'}\n")
     print("model                           target      MB      KL, nats  same top   size    KL, to Q4_K_M's")
+    measured = ["--windows", windows, "--window-tokens", window_tokens, *(["--text", text] if text else [])]
     for model in models:
         with tempfile.TemporaryDirectory() as scratch:
             checkpoint, out = Path(scratch) / "model", Path(scratch) / "out"
             fetched = fetch(resolve(model), cache_folder(), Progress(quiet=True))
             off_the_grid(Checkpoint.open(fetched.path), checkpoint)
-            command = [sys.executable, "-c", "from mka_export.cli import main; main()", "convert", str(checkpoint)]
-            command += ["--to", GGUF, "--to", ONNX, "--out", str(out), "--quiet"]
-            command += ["--windows", str(windows), "--window-tokens", str(window_tokens)]
-            command += ["--text", str(text)] if text else []
-            done = subprocess.run(command, check=False, capture_output=True)
-            if done.returncode not in FINISHED:
-                sys.exit(done.stderr.decode())
-            report = json.loads((out / "report.json").read_text())
-            found = [
-                (
-                    target["name"],
-                    target["artifact"]["nbytes"] / 1e6,
-                    target["comparisons"]["conversion"]["kl"]["mean"],
-                    target["comparisons"]["conversion"]["top1"]["value"],
-                )
-                for target in report["targets"]
-            ]
-            _, size, divergence, _ = found[0]
-            for name, nbytes, kl, top in found:
-                print(
-                    f"{Path(model).stem:30}  {name:9}  {nbytes:6.1f}  {kl:8.5f}  {top:8.3f}   {nbytes / size:.3f}   {kl / divergence:.3f}",
-                    flush=True,
-                )
+            targets = report_of("convert", checkpoint, "--to", GGUF, "--to", ONNX, "--out", out, *measured)["targets"]
+        size, divergence = targets[0]["artifact"]["nbytes"], targets[0]["comparisons"]["conversion"]["kl"]["mean"]
+        for target in targets:
+            nbytes, figures = target["artifact"]["nbytes"], target["comparisons"]["conversion"]
+            kl, top = figures["kl"]["mean"], figures["top1"]["value"]
+            print(
+                f"{Path(model).stem:30}  {target['name']:9}  {nbytes / 1e6:6.1f}  {kl:8.5f}  {top:8.3f}   "
+                f"{nbytes / size:.3f}   {kl / divergence:.3f}",
+                flush=True,
+            )
 
 
 if __name__ == "__main__":

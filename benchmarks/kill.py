@@ -15,6 +15,7 @@ from collections import Counter
 from pathlib import Path
 
 import click
+from job import COMMAND
 
 from mka_export.hashes import file_sha256
 from mka_export.workspace import LOCK, RECORD, read_record
@@ -22,7 +23,6 @@ from mka_export.workspace import LOCK, RECORD, read_record
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from pico import make_pico
 
-COMMAND = [sys.executable, "-c", "from mka_export.cli import main; main()"]
 LIMITS = ["--max-ppl-ratio", "50", "--conversion-max-mean-kl", "5", "--conversion-max-ppl-ratio", "50"]
 SMALL = ["--windows", "4", "--window-tokens", "64", "--calibration-tokens", "512", "--device", "cpu"]
 JOB = ["--ratio", "0.4", "--protect", "1", "--to", "gguf-q8", *SMALL, *LIMITS, "--quiet"]

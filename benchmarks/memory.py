@@ -25,6 +25,7 @@ from pathlib import Path
 
 import click
 import torch
+from job import COMMAND, FINISHED
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from mka_export.models.checkpoint import CheckpointWriter
@@ -34,7 +35,6 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from pico import pico_tokenizer
 
 INTERVAL = 0.25  # seconds
-FINISHED = (0, 3, 4)  # exit codes: a verdict was reached, whatever it is
 
 
 def make_model(folder: Path, config: LlamaConfig) -> None:
@@ -185,7 +185,7 @@ def main(
             make_model(model, config)
         size = sum(file.stat().st_size for file in model.glob("*.safetensors"))
         out = folder / f"{model.name}-{budget}"
-        command = [sys.executable, "-c", "from mka_export.cli import main; main()", str(model), "--out", str(out)]
+        command = [*COMMAND, str(model), "--out", str(out)]
         command += ["--ratio", str(ratio), "--to", to, "--method", method, "--device", "cpu", "--window-tokens", "64"]
         command += ["--calibration-tokens", str(budget), "--windows", "2"]
         print(f"{count} layers, hidden {hidden}, MLP {mlp}, vocabulary {vocab}, {size / 1e9:.1f} GB of bfloat16;")

@@ -11,39 +11,19 @@ of all its processes, which other work on the machine changes less. Ends with 1 
 from __future__ import annotations
 
 import itertools
-import json
 import resource
-import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
 
 import click
+from job import report_of
 
 GOOD, BAD = "good", "bad"
 MADE = {GOOD: ["convert"], BAD: ["--ratio", "0.2", "--method", "tail"]}
 EXPECTED = {GOOD: "pass", BAD: "fail"}
 QUICK = ["--windows", "2", "--window-tokens", "16"]  # of the verdicts beside what is made, which nobody reads
-FINISHED = (0, 3, 4)  # exit codes: a verdict was reached, whatever it is
-
-
-def call(*arguments: str | Path) -> dict[str, Any]:
-    """Run ``mka-export``; returns the report."""
-    command = [
-        sys.executable,
-        "-c",
-        "from mka_export.cli import main; main()",
-        *map(str, arguments),
-        "--json",
-        "--quiet",
-    ]
-    done = subprocess.run(command, check=False, capture_output=True, text=True)
-    if done.returncode not in FINISHED:
-        sys.exit(done.stderr)
-    report: dict[str, Any] = json.loads(done.stdout)
-    return report
 
 
 def cpu_seconds() -> float:
@@ -56,7 +36,7 @@ def make(model: str, kind: str, folder: Path) -> Path:
     """Make an artifact, unless ``folder`` has it."""
     command, *options = MADE[kind]
     arguments = [command, model, *options] if command == "convert" else [model, command, *options]
-    report = call(*arguments, "--to", "gguf-f16", *QUICK, "--out", folder / kind)
+    report = report_of(*arguments, "--to", "gguf-f16", *QUICK, "--out", folder / kind)
     return Path(report["targets"][0]["artifact"]["path"])
 
 
@@ -91,7 +71,9 @@ def main(model: str, text: Path, seeds: int, first: int, folder: Path | None) ->
         for seed, part in list(enumerate(parts(text, seeds, folder)))[first:]:
             for kind, artifact in artifacts.items():
                 start, used = time.perf_counter(), cpu_seconds()
-                report = call("check", artifact, "--against", model, "--text", part, "--out", folder / f"{kind}-{seed}")
+                report = report_of(
+                    "check", artifact, "--against", model, "--text", part, "--out", folder / f"{kind}-{seed}"
+                )
                 seconds, used = time.perf_counter() - start, cpu_seconds() - used
                 (target,) = report["targets"]
                 right = target["verdict"] == EXPECTED[kind]

@@ -19,7 +19,7 @@ from mka_onnx.building import unknown_builder
 from mka_onnx.eight_bits import round_anew
 from mka_onnx.embedding import LOOKUP, own_embedding, plain_embedding, quantize_embedding
 from mka_onnx.settings import Precision
-from mka_onnx.tokenizer import copy_tokenizer
+from mka_onnx.tokenizer import write_tokenizer
 
 GENAI_CONFIG, CONFIG = "genai_config.json", "config.json"
 CACHE_WIDTH = "kv_cache_dim"  # the builder's symbol for a head's width
@@ -71,7 +71,7 @@ def finish(folder: Path, checkpoint: Checkpoint, precision: Precision, block: in
     _write(folder / GENAI_CONFIG, config)
     for_browser = {"dtype": precision.dtype, **({"use_external_data_format": True} if external else {})}
     _write(folder / CONFIG, {**load_json(checkpoint.path / CONFIG), "transformers.js_config": for_browser})
-    copy_tokenizer(checkpoint, folder)
+    write_tokenizer(checkpoint, folder)
     shutil.rmtree(folder / "cache", ignore_errors=True)
     size, warnings = data.stat().st_size if external else 0, []
     if size > BROWSER_BUFFER:

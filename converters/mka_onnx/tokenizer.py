@@ -11,11 +11,11 @@ from mka_export.data import load_json
 from mka_export.models.checkpoint import Checkpoint
 
 TOKENIZER = "tokenizer.json"
-FILES = (TOKENIZER, "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja", "generation_config.json")
+OTHERS = ("tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja", "generation_config.json")
 DIGITS = "0123456789"
 
 
-def copy_tokenizer(checkpoint: Checkpoint, folder: Path) -> None:
+def write_tokenizer(checkpoint: Checkpoint, folder: Path) -> None:
     """Put the checkpoint's own tokenizer in ``folder``, in the place of what the builder saved anew.
 
     A checkpoint without ``tokenizer.json`` leaves the builder's. It is written without white space: less than half of its size.
@@ -24,12 +24,13 @@ def copy_tokenizer(checkpoint: Checkpoint, folder: Path) -> None:
     a digit it reads other tokens. Added tokens it does split off, so the ten digits become such, under the ids that they have.
     To whoever splits off digits anyway that makes no difference.
     """
-    own = [name for name in FILES if (checkpoint.path / name).is_file()]
-    for name in FILES if TOKENIZER in own else ():
-        (folder / name).unlink(missing_ok=True)
-    for name in own:
-        shutil.copyfile(checkpoint.path / name, folder / name)
-    tokenizer = load_json(folder / TOKENIZER)
+    source = checkpoint.path if (checkpoint.path / TOKENIZER).is_file() else folder
+    for name in OTHERS:
+        if source == checkpoint.path:
+            (folder / name).unlink(missing_ok=True)
+        if (checkpoint.path / name).is_file():
+            shutil.copyfile(checkpoint.path / name, folder / name)
+    tokenizer = load_json(source / TOKENIZER)
     if _splits_digits_first(tokenizer):
         _add_digits(tokenizer)
     compact = json.dumps(tokenizer, ensure_ascii=False, separators=(",", ":"))

@@ -14,7 +14,7 @@ import pytest
 import torch
 from mka_onnx import building, check, conversion, need
 from mka_onnx.nbits import quantized_matrices
-from mka_onnx.tokenizer import copy_tokenizer
+from mka_onnx.tokenizer import write_tokenizer
 from onnx_tools import target
 from pico import CHAT_TEMPLATE, make_pico
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -123,7 +123,7 @@ def test_without_a_tokenizer_json_the_builder_s_stays(pico_llama, tmp_path):
     out.mkdir()
     shutil.move(folder / "tokenizer.json", out)
     (out / "special_tokens_map.json").write_text("{}")
-    copy_tokenizer(Checkpoint.open(folder), out)
+    write_tokenizer(Checkpoint.open(folder), out)
     assert {path.name for path in out.iterdir()} >= {
         "tokenizer.json",
         "tokenizer_config.json",
@@ -146,7 +146,7 @@ def test_a_tokenizer_that_may_read_otherwise_by_it_keeps_its_digits(other, pico_
     else:
         steps[1]["add_prefix_space"] = True
     (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
-    copy_tokenizer(Checkpoint.open(folder), out)
+    write_tokenizer(Checkpoint.open(folder), out)
     assert load_json(out / "tokenizer.json") == tokenizer
 
 

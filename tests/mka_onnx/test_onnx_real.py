@@ -71,15 +71,11 @@ def test_float32_is_as_close_to_float64_as_torch(model, request, convert_to):
 def test_onnxruntime_genai_reads_text_as_the_original(model, request, convert_to, shared_data):
     path = request.getfixturevalue(model)
     checkpoint = Checkpoint.open(fetch(resolve(str(path)), cache_folder(), Progress(quiet=True)).path)
-    genai, wikitext = (
-        GenaiRuntime(convert_to(checkpoint.path, "fp32").path),
-        shared_data / "wikitext2" / "wiki.test.raw",
-    )
-    texts, misread = without_misread(genai.name, [*tokenizer_corpus(), wikitext.read_text(encoding="utf-8")])
-    assert first_difference(TorchRuntime(checkpoint.path), genai, texts) is None
-    assert (
-        first_difference(TorchRuntime(checkpoint.path), genai, misread) is not None
-    )  # when it reads these too, look anew
+    original, genai = TorchRuntime(checkpoint.path), GenaiRuntime(convert_to(checkpoint.path, "fp32").path)
+    wikitext = (shared_data / "wikitext2" / "wiki.test.raw").read_text(encoding="utf-8")
+    texts, misread = without_misread(genai.name, [*tokenizer_corpus(), wikitext])
+    assert first_difference(original, genai, texts) is None
+    assert first_difference(original, genai, misread) is not None  # when it reads these too, look anew
 
 
 def test_four_bits_do_not_break_a_small_model(four_bits):
