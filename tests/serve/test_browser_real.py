@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-import onnx
 import psutil
 import pytest
 from click.testing import CliRunner
+from exact import with_exact_activations
 from page import fake_gguf, serving
 from ties import NEAR, require_same_or_a_tie
 from transformers import AutoTokenizer
@@ -104,21 +104,9 @@ def url(out: Path, cache: Path) -> Iterator[str]:
 
 @pytest.fixture(scope="module")
 def exact(out: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The int4 folder, computing as a browser does: in float32.
-
-    At accuracy level 4 processors round what matrices are multiplied with to 8 bits, each in its own way: on one with
-    AVX512-VNNI the likeliest tokens shift by 0.1 nats in the mean and up to 0.9. WebAssembly has no such kernel.
-    """
+    """The int4 folder, computing as a browser does."""
     (found,) = (artifact for artifact in find_artifacts(out) if artifact.kind == "onnx")
-    folder = Path(shutil.copytree(found.files["config.json"].parent, tmp_path_factory.mktemp("exact") / "folder"))
-    (graph,) = (folder / "onnx").glob("*.onnx")
-    model = onnx.load(graph, load_external_data=False)
-    levels = [each for node in model.graph.node for each in node.attribute if each.name == "accuracy_level"]
-    assert {level.i for level in levels} == {4}
-    for level in levels:
-        level.i = 1
-    graph.write_bytes(model.SerializeToString())
-    return folder
+    return with_exact_activations(found.files["config.json"].parent, tmp_path_factory.mktemp("exact") / "folder")
 
 
 def test_onnx_says_what_onnxruntime_genai_does(url, out, exact, talk, screenshots):
