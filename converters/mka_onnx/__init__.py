@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 
 
 def check(checkpoint: Checkpoint, target: Target) -> None:
-    """Say beforehand what the builder cannot express: see ``mka_onnx.conversion.check``."""
-    from mka_onnx.conversion import check as run  # torch loads here, not with the package
+    """Say beforehand what the builder cannot express: see ``mka_onnx.checking.check``."""
+    from mka_onnx.checking import check as run  # torch loads here, not with the package
 
     run(checkpoint, target)
 

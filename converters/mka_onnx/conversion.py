@@ -16,30 +16,14 @@ from mka_export.models.outline import Outline
 from mka_export.needs import size
 from mka_export.progress import Progress
 from mka_export.target import Artifact, Target
-from mka_onnx.building import build, require_builder
+from mka_onnx.building import build
 from mka_onnx.calibrated import fit_weights
+from mka_onnx.checking import check
 from mka_onnx.folder import finish
 from mka_onnx.nbits import accuracy_level
 from mka_onnx.nodes import builder_weights
-from mka_onnx.scope import require_expressible
 from mka_onnx.settings import builder_options, eight_bit_block, fitted, read_settings
 from mka_onnx.size import need
-
-
-def check(checkpoint: Checkpoint, target: Target) -> None:
-    """Check that the target's settings are known, the builder is installed, and that it knows the model.
-
-    Raises:
-        ConversionError, UnsupportedError: as ``convert`` would.
-    """
-    precision, options = read_settings(target)
-    if fitted(precision, options) and not target.calibration:
-        raise ConversionError(
-            f"target {target.name}: algorithm gptq needs the calibration text",
-            "Set calibration = true in the target's file, or another algorithm.",
-        )
-    require_builder()
-    require_expressible(Outline.of_checkpoint(checkpoint), precision, options)
 
 
 def convert(

@@ -87,7 +87,7 @@ class _States:
 def _run(runner: LayerRunner, groups: Sequence[Group], progress: Progress) -> list[list[Tensor]]:
     states = [_States(runner, *group) for group in groups]
     layers = runner.checkpoint.num_layers
-    with progress.task(f"{runner.checkpoint.path.name}, layer by layer", layers * len(states)) as task:
+    with progress.task(f"{runner.name}, layer by layer", layers * len(states)) as task:
         for index in range(layers):
             weights = runner.weights(index)
             for each in states:

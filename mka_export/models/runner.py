@@ -46,14 +46,16 @@ class LayerRunner:
     Args:
         checkpoint: the model.
         device: ``cpu``, ``cuda``, ``cuda:1`` ... or ``auto``.
+        name: what progress calls the model; the folder's name by default.
 
     Raises:
         CheckpointError: transformers cannot make a model of the config, or one whose tensors have other shapes.
         UsageError: the device is not there.
     """
 
-    def __init__(self, checkpoint: Checkpoint, device: str = "cpu") -> None:
+    def __init__(self, checkpoint: Checkpoint, device: str = "cpu", name: str | None = None) -> None:
         self.checkpoint = checkpoint
+        self.name = name or checkpoint.path.name
         self.device = pick_device(device)
         weights = sum(math.prod(checkpoint.shapes[name]) for name in checkpoint.layer_names(0))
         # Before the model is built: what that frees would stay, hole by hole and layer by layer, to be filled later.
@@ -195,7 +197,7 @@ class LayerRunner:
         """Run all layers: ids (N, T) -> states after the last layer, before the final norm (N, T, hidden)."""
         states = self.embed(ids)
         progress = progress or Progress(quiet=True)
-        with progress.task(f"{self.checkpoint.path.name}, layer by layer", self.checkpoint.num_layers) as task:
+        with progress.task(f"{self.name}, layer by layer", self.checkpoint.num_layers) as task:
             for index in range(self.checkpoint.num_layers):
                 weights = self.weights(index)
                 for batch in self.batches(*ids.shape):

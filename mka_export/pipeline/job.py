@@ -27,6 +27,7 @@ from mka_export.models.text import Text, sample_prompts
 from mka_export.models.tokenizer import leading_id, load_tokenizer, ordinary_ids, require_rows, text_ids
 from mka_export.needs import size
 from mka_export.options import DeviceOptions, MmluOptions, OutputOptions, Shard, TextOptions
+from mka_export.parity.comparison import ORIGINAL
 from mka_export.parity.runtimes.torch_runtime import TorchRuntime
 from mka_export.parity.verdict import EXIT_CODES, worst
 from mka_export.pipeline.asking import Asking
@@ -107,7 +108,7 @@ class Job:
         fetched = fetch(self.source, cache_folder(), self.progress)
         self.provenance, self.licence = fetched.provenance, fetched.licence
         self.original = Checkpoint.open(fetched.path)
-        self.runner = LayerRunner(self.original, self.device.device)
+        self.runner = LayerRunner(self.original, self.device.device, ORIGINAL)
         tokenizer = load_tokenizer(fetched.path)
         require_rows(tokenizer, self.original)
         first = leading_id(tokenizer)
@@ -244,11 +245,12 @@ class Job:
     @cached_property
     def reference(self) -> TorchRuntime:
         """The original model in torch."""
-        return TorchRuntime(self.original.path, device=self.device.device, progress=self.progress)
+        return self.runtime(self.original)
 
     def runtime(self, checkpoint: Checkpoint) -> TorchRuntime:
         """Return a checkpoint in torch."""
-        return TorchRuntime(checkpoint.path, device=self.device.device, progress=self.progress)
+        name = ORIGINAL if checkpoint is self.original else None  # its folder in a cache is called by a hash
+        return TorchRuntime(checkpoint.path, device=self.device.device, progress=self.progress, model=name)
 
     def report(
         self,

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 from click.testing import CliRunner, Result
-from mka_onnx import building
 
 from mka_export.cli import main
+from mka_export.target import target_names
 
 SMALL = ["--windows", "4", "--window-tokens", "64", "--calibration-tokens", "512", "--device", "cpu", "--quiet"]
 LOOSE = ["--max-ppl-ratio", "50"]
@@ -19,6 +20,15 @@ LOOSE = ["--max-ppl-ratio", "50"]
 
 def type_in(*arguments: object) -> Result:
     return CliRunner().invoke(main, [str(a) for a in arguments])
+
+
+def without_onnx(*arguments: object) -> subprocess.CompletedProcess[str]:
+    """Run the command where only ``pip install mka-export`` was done."""
+    code = (
+        "import sys; sys.modules |= dict.fromkeys(('onnx', 'onnx_ir', 'onnxscript', 'onnxruntime', 'onnxruntime_genai'));"
+        "from mka_export.cli import main; main()"
+    )
+    return subprocess.run([sys.executable, "-c", code, *map(str, arguments)], capture_output=True, text=True)
 
 
 @pytest.fixture
@@ -80,13 +90,24 @@ def test_anybodys_folder_is_checked(model, convert_to, pico_llama, tmp_path):
     assert {"pico-llama-fp32/genai_config.json", "pico-llama-fp32/onnx/model.onnx_data"} <= files
 
 
-def test_missing_packages_are_said_before_any_work(model, tmp_path, monkeypatch):
-    monkeypatch.setattr(building, "find_spec", lambda name: None)
-    result = type_in(model, "--ratio", "0.2", "--to", "onnx-int4", "--out", tmp_path / "out", *SMALL)
-    assert result.exit_code == 1
-    assert "ONNX needs onnxruntime_genai, which is not installed" in result.stderr
-    assert "pip install 'mka-export[onnx]'" in result.stderr
+@pytest.mark.parametrize("command", ["run", "doctor"])
+def test_missing_packages_are_said_before_any_work(command, model, tmp_path):
+    out = ["--out", tmp_path / "out"] if command == "run" else []
+    done = without_onnx(command, model, "--ratio", "0.2", "--to", "onnx-int4", *out)
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1] == (
+        "mka-export: ONNX needs onnxruntime_genai, which is not installed. Install it: pip install 'mka-export[onnx]'."
+    )
+    assert "Traceback" not in done.stderr
     assert not (tmp_path / "out" / "merged").exists()
+
+
+def test_targets_say_which_need_missing_packages(model):
+    done = without_onnx("targets", "--for", model)
+    assert done.returncode == 0
+    lines = done.stdout.splitlines()
+    assert len(lines) == len(target_names())
+    assert all(("onnxruntime_genai, which is not installed" in line) == ("llama.cpp" not in line) for line in lines)
 
 
 def test_a_missing_runtime_is_one_line(model, convert_to, pico_llama, tmp_path, monkeypatch):

@@ -32,6 +32,7 @@ class TorchRuntime:
         path: the checkpoint's folder.
         device: as for ``LayerRunner``.
         progress: where a pass over the layers is shown.
+        model: what it is called there; the folder's name by default.
 
     Raises:
         CheckpointError: the checkpoint or its tokenizer is damaged.
@@ -41,9 +42,11 @@ class TorchRuntime:
 
     name = "torch"
 
-    def __init__(self, path: Path, *, device: str = "cpu", progress: Progress | None = None) -> None:
+    def __init__(
+        self, path: Path, *, device: str = "cpu", progress: Progress | None = None, model: str | None = None
+    ) -> None:
         checkpoint = Checkpoint.open(path)
-        self._runner = LayerRunner(checkpoint, device)
+        self._runner = LayerRunner(checkpoint, device, model)
         self._tokenizer = load_tokenizer(path)
         self._path, self._progress = path, progress
         self.ends = _end_ids(checkpoint, self._tokenizer.eos_token_id)
