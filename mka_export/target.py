@@ -139,9 +139,14 @@ class Artifact:
 class Converter(Protocol):
     """A module that turns checkpoints into artifacts.
 
+    Attributes:
+        PACKAGES: whose versions an artifact depends on, besides torch, transformers, tokenizers and numpy.
+
     Raises:
         ConversionError, UnsupportedError: it cannot be made; nothing else may escape.
     """
+
+    PACKAGES: tuple[str, ...]
 
     def check(self, checkpoint: Checkpoint, target: Target) -> None:
         """Say what can be said beforehand: whether the target's settings are known, and the model can be expressed.

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from mka_export.progress import Progress
     from mka_export.target import Artifact, Target
 
+PACKAGES = ("gguf", "llama-cpp-python")
+
 
 def check(checkpoint: Checkpoint, target: Target) -> None:
     """Say beforehand what GGUF or llama.cpp cannot express: see ``mka_gguf.conversion.check``."""

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from mka_export.progress import Progress
     from mka_export.target import Artifact, Target
 
+PACKAGES = ("onnx", "onnx-ir", "onnxscript", "onnxruntime-genai")
+
 
 def check(checkpoint: Checkpoint, target: Target) -> None:
     """Say beforehand what the builder cannot express: see ``mka_onnx.checking.check``."""

@@ -22,7 +22,7 @@ from mka_export.parity.mmlu.answers import LogLetters, ask
 from mka_export.parity.mmlu.figures import Answers, Asked
 from mka_export.parity.mmlu.prompts import Prompt, Sheet, make_sheet
 from mka_export.parity.mmlu.questions import HUB, Subject, load_subjects, prompts_sha256, sample
-from mka_export.parity.runtimes import Runtime
+from mka_export.parity.runtimes import RUNTIME_PACKAGES, Runtime
 from mka_export.parity.tokenizer_check import first_difference, without_misread
 from mka_export.target import Target
 from mka_export.workspace import Workspace, published, write_json
@@ -141,7 +141,7 @@ class Asking:
             return runtime
 
         inputs = {"artifact": dict(files), "runtime": target.runtime, "devices": asdict(self._job.device)}
-        self._stage(_stage(ARTIFACT, target.name), inputs, checked)
+        self._stage(_stage(ARTIFACT, target.name), inputs, checked, *RUNTIME_PACKAGES[target.runtime])
         return read_asked(self._job.workspace.path, names, target.name)
 
     def original(self) -> Asked:
@@ -157,7 +157,7 @@ class Asking:
         inputs = {"checkpoint": checkpoint.fingerprint, "device": self._job.device.device}
         self._stage(_stage(name, ""), inputs, lambda: self._job.runtime(checkpoint))
 
-    def _stage(self, stage: str, inputs: Mapping[str, Any], opened: Open) -> None:
+    def _stage(self, stage: str, inputs: Mapping[str, Any], opened: Open, *packages: str) -> None:
         job, prompts = self._job, self.sheet.prompts
         numbers = {prompt: number for number, prompt in enumerate(self._prompts.prompts)}
 
@@ -172,7 +172,8 @@ class Asking:
                 )
             _write(asked, 0, folder)
 
-        job.workspace.stage(stage, {**job.inputs(job.original), **(self.inputs or {}), **inputs}, make)
+        about = job.inputs(job.original, *packages)
+        job.workspace.stage(stage, {**about, **(self.inputs or {}), **inputs}, make)
 
 
 def read_asked(folder: Path, steps: Sequence[str], target: str) -> Asked:

@@ -6,6 +6,7 @@ import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from mka_export.models.outline import Outline
 from mka_export.needs import size
 from mka_export.options import MergeOptions
 from mka_export.parity.comparison import COMPRESSION, ORIGINAL
+from mka_export.parity.runtimes import RUNTIME_PACKAGES
 from mka_export.parity.statistics import Interval, bootstrap_means
 from mka_export.pipeline.job import DEPTH, Job
 from mka_export.pipeline.requests import merge_settings
@@ -213,8 +215,10 @@ class AutoRatio:
         """Return name and inputs of the stage that says that artifacts of the depth break the limit."""
         assert self.depth is not None
         job = self._job
+        made_by = (load_converter(target.converter).PACKAGES for target in self._targets)
+        run_by = (RUNTIME_PACKAGES[target.runtime] for target in self._targets)
         inputs = {
-            **job.inputs(job.original),
+            **job.inputs(job.original, *chain(*made_by, *run_by)),
             "calibration": job.calibration.sha256,
             **job.evaluation_inputs(),
             "devices": dataclasses.asdict(job.device),

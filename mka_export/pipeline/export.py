@@ -298,14 +298,13 @@ class Export(Job):
         target = dataclasses.replace(target, options={"file_stem": name, **target.options})
         activations = self._activations(checkpoint) if target.activations else None
         calibration = torch.from_numpy(self.calibration.ids) if target.calibration else None
+        converter = load_converter(target.converter)
         inputs = {
-            **self.inputs(checkpoint),
+            **self.inputs(checkpoint, *converter.PACKAGES),
             "target": {"converter": target.converter, "precision": target.precision, "options": dict(target.options)},
             "activations": activations and [activations.calibration, activations.tokens],
             "calibration": self.calibration.sha256 if target.calibration else None,
         }
-
-        converter = load_converter(target.converter)
 
         def make(folder: Path, pieces: Path) -> None:
             made = converter.convert(

@@ -39,10 +39,8 @@ from mka_export.workspace import Stage, Workspace, check_ours
 SAMPLED, CALIBRATION, DEPTH, PARITY = "sampled", "calibration", "depth", "parity"  # stages, besides the checkpoints'
 EVAL = "eval"  # a folder of them
 SAMPLED_IDS, SAMPLED_TEXT = "ids.npy", "text.txt"
-PACKAGES = (
-    *("mka-export", "torch", "transformers", "tokenizers", "numpy", "scikit-learn"),
-    *("gguf", "llama-cpp-python", "onnx", "onnxruntime", "onnxruntime-genai"),
-)
+COMMON_PACKAGES = ("mka-export", "torch", "transformers", "tokenizers", "numpy", "scikit-learn")  # every stage's
+PACKAGES = (*COMMON_PACKAGES, "gguf", "llama-cpp-python", "onnx", "onnxruntime", "onnxruntime-genai")
 
 
 NO_QUESTIONS = MmluOptions()
@@ -179,9 +177,9 @@ class Job:
         """Return what was worked on, and with what, for the manifest."""
         return {"model": self.source.name, "source": dict(self.provenance), "tool": versions(*PACKAGES)}
 
-    def inputs(self, checkpoint: Checkpoint) -> dict[str, Any]:
-        """Return what every stage made from a checkpoint depends on."""
-        return {"model": checkpoint.fingerprint, "versions": versions(*PACKAGES)}
+    def inputs(self, checkpoint: Checkpoint, *packages: str) -> dict[str, Any]:
+        """Return what a stage made from a checkpoint depends on; ``packages``: besides those of every stage."""
+        return {"model": checkpoint.fingerprint, "versions": versions(*COMMON_PACKAGES, *packages)}
 
     def evaluation_inputs(self) -> dict[str, Any]:
         """Return what a measurement on the evaluation windows depends on, besides the model and the device."""

@@ -107,7 +107,7 @@ class Measuring:
     def _measured(self, subject: Subject) -> Measured:
         job, lineage = self._job, subject.lineage
         inputs = {
-            **job.inputs(job.original),
+            **job.inputs(job.original, *RUNTIME_PACKAGES[subject.target.runtime]),
             "artifact": dict(subject.files),
             "lineage": None if lineage is None else {name: each.fingerprint for name, each in lineage.items()},
             **job.evaluation_inputs(),
@@ -184,7 +184,7 @@ class Measuring:
         """Measure the artifact's own weights in torch: step ``quantized``."""
         job = self._job
         inputs = {
-            **job.inputs(job.original),
+            **job.inputs(job.original, *load_converter(subject.target.converter).PACKAGES),
             "artifact": dict(subject.files),
             **job.evaluation_inputs(),
             "device": job.device.device,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import os
 import resource
@@ -19,6 +20,7 @@ from fault_tools import DONE, LOOSE, MERGE, SMALL, type_in, visible
 from safetensors.torch import load_file, save_file
 
 from mka_export.models.tokenizer import load_tokenizer
+from mka_export.pipeline import job
 from mka_export.pipeline.forecast import Forecast
 from mka_export.report import REPORT_FILES
 
@@ -168,6 +170,25 @@ def test_survived_changed_settings(model, published, tmp_path):
     result = type_in("merge", model, "--ratio", "0.4", "--protect", "1", "--out", out, *SMALL)
     assert "made again, because these changed: merge" in result.stderr
     assert json.loads((out / "merged" / "config.json").read_text())["num_hidden_layers"] == 4
+
+
+@pytest.mark.parametrize(
+    ("package", "again"),
+    [
+        ("torch", {"merged", "gguf-q8", "parity/gguf-q8"}),
+        ("gguf", {"gguf-q8"}),
+        ("llama-cpp-python", {"gguf-q8", "parity/gguf-q8"}),
+        ("onnxruntime-genai", set()),
+    ],
+)
+def test_survived_another_version(package, again, pico_llama, published, tmp_path, monkeypatch):
+    """a package has been installed or updated since a stage was made: only what depends on it is made again"""
+    out = Path(shutil.copytree(published, tmp_path / "out"))
+    monkeypatch.setattr(job, "version", lambda name: "99.9" if name == package else importlib.metadata.version(name))
+    result = type_in(pico_llama, *RUN, "--out", out)
+    assert result.exit_code in DONE, result.stderr
+    said = [line.split(": made again, because these changed: versions") for line in result.stderr.splitlines()]
+    assert {name for name, *rest in said if rest} == again
 
 
 @pytest.mark.parametrize("what", ["output", "cache"])
