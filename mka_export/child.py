@@ -102,6 +102,8 @@ def _main(
 ) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which ends this process
     _die_with(parent)
+    if sys.platform == "linux":  # so that locks have no names, which a process that is ended would leave behind
+        multiprocessing.set_start_method("fork", force=True)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     os.environ["GGML_NO_BACKTRACE"] = "1"  # or a debugger is started on a crash
     os.dup2(log.fileno(), sys.stderr.fileno())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -52,6 +53,13 @@ def sleep(connection: Connection) -> None:
     time.sleep(600)
 
 
+def hold_a_lock(connection: Connection) -> None:
+    lock = multiprocessing.RLock()  # as tqdm does
+    connection.send("held")
+    time.sleep(600)
+    lock.acquire()
+
+
 def test_messages_go_both_ways() -> None:
     with Child("echo", echo, 1, "two") as child:
         assert child.receive() == (1, "two")
@@ -91,6 +99,18 @@ def test_nothing_is_left_after_the_block() -> None:
     with Child("the work", sleep):
         (process,) = [p for p in psutil.Process().children() if "spawn_main" in " ".join(p.cmdline())]
     assert not process.is_running()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere the locks of a spawned process have names")
+def test_locks_of_a_process_that_is_ended_are_not_complained_about() -> None:
+    script = (
+        "from mka_export.child import Child\n"
+        "from tests.test_child import hold_a_lock\n"
+        "with Child('the work', hold_a_lock) as child:\n"
+        "    child.receive()\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True)
+    assert done.stderr == ""
 
 
 def test_it_dies_with_its_parent() -> None:

@@ -19,8 +19,8 @@ from mka_export.cli import main
 from mka_export.models.tokenizer import load_tokenizer, text_ids
 from mka_export.parity.mmlu.prompts import make_sheet
 from mka_export.parity.mmlu.questions import load_subjects, sample
+from mka_export.parity.runtimes.torch_runtime import TorchRuntime
 from mka_export.pipeline import measuring
-from mka_export.pipeline.job import Job
 
 SMALL = ["--windows", "6", "--window-tokens", "64", "--calibration-tokens", "1024", "--device", "cpu", "--quiet"]
 ASKED = ["--mmlu-questions", "24", "--mmlu-shots", "1", "--mmlu-seed", "3"]
@@ -103,26 +103,31 @@ def test_asking_again_costs_nothing_and_another_question_costs_only_the_question
     done: tuple[Path, Result], model: Path, questions: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out, _ = done
-    opened: list[str] = []
+    worked: list[str] = []
 
     def counted(name: str, *arguments: Any, **options: Any) -> Any:
-        opened.append(name)
+        worked.append(name)
         return open_runtime(name, *arguments, **options)
 
-    def torch_counted(job: Job, checkpoint: Any) -> Any:
-        opened.append("torch")
-        return runtime(job, checkpoint)
+    def counted_asking(runtime: TorchRuntime, *arguments: Any) -> Any:
+        worked.append("torch, asked")
+        return ask(runtime, *arguments)
 
-    open_runtime, runtime = measuring.open_runtime, Job.runtime
+    def counted_run(runtime: TorchRuntime, *arguments: Any) -> Any:
+        worked.append("torch, on windows")
+        return run(runtime, *arguments)
+
+    open_runtime, ask, run = measuring.open_runtime, TorchRuntime.next_log_probs, TorchRuntime.run
     monkeypatch.setattr(measuring, "open_runtime", counted)
-    monkeypatch.setattr(Job, "runtime", torch_counted)
+    monkeypatch.setattr(TorchRuntime, "next_log_probs", counted_asking)
+    monkeypatch.setattr(TorchRuntime, "run", counted_run)
     command = [model, "--ratio", "0.3", "--protect", "1", "--to", "gguf-f16", "--mmlu", questions, "--out", out, *SMALL]
     before = report(out)
     assert type_in(*command, *ASKED, "--max-mmlu-drop", "0.5").exit_code in (0, 3, 4)
-    assert opened == []
+    assert worked == []
     assert report(out)["targets"][0]["mmlu"]["steps"] == before["targets"][0]["mmlu"]["steps"]
     assert type_in(*command, *ASKED[:-1], "4").exit_code in (0, 3, 4)
-    assert sorted(opened) == ["llama.cpp", "torch", "torch"]  # the windows are not measured again
+    assert sorted(worked) == ["llama.cpp", "torch, asked", "torch, asked"]  # the windows are not measured again
 
 
 @pytest.mark.parametrize(
