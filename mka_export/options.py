@@ -235,8 +235,8 @@ class ConvertOptions:
     )
     attribute: bool = option(
         False,
-        "Measure each GGUF's own weights in torch too, to tell what rounding lost from what the runtime does; they are "
-        "unpacked for it, and deleted.",
+        "Measure each artifact's own weights in torch too, to tell what rounding lost from what the runtime does; they "
+        "are unpacked for it, and deleted.",
         is_flag=True,
     )
     max_fallback: float | None = option(

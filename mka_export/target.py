@@ -166,6 +166,20 @@ class Converter(Protocol):
         Where the mix of types follows the layers, fewer of them are another mix, whose bits are part of what was lost.
         """
 
+    def unpacked_bytes(self, model: Outline, target: Target) -> int:
+        """Return the most bytes that ``unpack`` writes for an artifact of ``model``."""
+
+    def unpack(self, artifact: Path, checkpoint: Checkpoint, out: Path, progress: Progress) -> None:
+        """Write the weights of an artifact as a checkpoint into the existing empty folder ``out``.
+
+        Args:
+            artifact: its path.
+            checkpoint: what it was made from.
+
+        Raises:
+            CheckpointError, UnsupportedError: they cannot be read back; nothing else may escape.
+        """
+
     def convert(
         self,
         checkpoint: Checkpoint,

@@ -39,6 +39,20 @@ def bits_per_weight(model: Outline, target: Target) -> float | None:
     return run(model, target)
 
 
+def unpacked_bytes(model: Outline, target: Target) -> int:
+    """Return the most bytes that ``unpack`` writes: see ``mka_export.models.gguf_source.unpacked_bytes``."""
+    from mka_export.models.gguf_source import unpacked_bytes as run
+
+    return run(model, need(model, target).kept)
+
+
+def unpack(artifact: Path, checkpoint: Checkpoint, out: Path, progress: Progress) -> None:
+    """Write the weights of a file as a checkpoint: see ``mka_export.models.gguf_source.gguf_to_checkpoint``."""
+    from mka_export.models.gguf_source import gguf_to_checkpoint
+
+    gguf_to_checkpoint(artifact, out, progress)
+
+
 def convert(
     checkpoint: Checkpoint,
     target: Target,

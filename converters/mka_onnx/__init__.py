@@ -33,8 +33,24 @@ def need(model: Outline, target: Target) -> Need:
 
 
 def bits_per_weight(model: Outline, target: Target) -> float | None:
-    """Return None: the loss of rounding is not told apart here, so it need not be explained."""
-    return None
+    """Return the bits a weight of an artifact to be: see ``mka_onnx.size.bits_per_weight``."""
+    from mka_onnx.size import bits_per_weight as run
+
+    return run(model, target)
+
+
+def unpacked_bytes(model: Outline, target: Target) -> int:
+    """Return the most bytes that ``unpack`` writes: see ``mka_onnx.size.unpacked_bytes``."""
+    from mka_onnx.size import unpacked_bytes as run
+
+    return run(model)
+
+
+def unpack(artifact: Path, checkpoint: Checkpoint, out: Path, progress: Progress) -> None:
+    """Write the weights of a quantized folder as a checkpoint: see ``mka_onnx.unpacking.unpack``."""
+    from mka_onnx.unpacking import unpack as run
+
+    run(artifact, checkpoint, out, progress)
 
 
 def convert(

@@ -40,7 +40,7 @@ def fit_weights(graph: Path, checkpoint: Checkpoint, ids: Tensor, progress: Prog
     """
     ids = ids[:: math.ceil(ids.numel() / FIT_TOKENS)]
     model, runner = read_graph(graph), LayerRunner(checkpoint)
-    matrices = {matrix.name.rpartition("_Q")[0]: matrix for matrix in quantized_matrices(model, graph.parent)}
+    matrices = quantized_matrices(model, graph.parent)
     for index, node in product(range(checkpoint.num_layers), MATRICES):
         if node_name(index, node) not in matrices:
             raise unknown_builder(f"the builder's graph has no {node_name(index, node)}")

@@ -23,7 +23,7 @@ from mka_onnx.folder import finish
 from mka_onnx.nbits import accuracy_level
 from mka_onnx.nodes import builder_weights
 from mka_onnx.settings import builder_options, eight_bit_block, fitted, read_settings
-from mka_onnx.size import need
+from mka_onnx.size import bits_per_weight, need
 
 
 def convert(
@@ -48,8 +48,8 @@ def convert(
         progress: told what is going on.
 
     Returns:
-        the artifact; ``details`` tells ``graph``, ``provider`` (whose operators it is made of), ``accuracy_level`` (of its
-        quantized matrices, else None) and ``warnings``.
+        the artifact; ``details`` tells ``graph``, ``provider`` (whose operators it is made of), ``accuracy_level`` and
+        ``bits_per_weight`` (of its quantized matrices, else None) and ``warnings``.
 
     Raises:
         ConversionError: an option is wrong, the model is damaged, the disk is full, the memory does not suffice.
@@ -99,6 +99,7 @@ def _convert(
         details={
             "graph": precision.graph,
             "provider": precision.provider,
+            "bits_per_weight": bits_per_weight(Outline.of_checkpoint(checkpoint), target),
             "accuracy_level": accuracy_level(folder / precision.graph),
             "warnings": warnings,
         },

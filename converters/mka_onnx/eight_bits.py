@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -12,7 +10,7 @@ from onnx import GraphProto, numpy_helper
 from mka_export.models.checkpoint import Checkpoint
 from mka_onnx.building import unknown_builder
 from mka_onnx.nbits import MATMUL
-from mka_onnx.nodes import HEAD, MATRICES, node_name
+from mka_onnx.nodes import sources
 
 MIDDLE, LARGEST = 128, 127  # the code of 0, and how far the others go from it
 ROWS = 4096  # rounded at once
@@ -41,12 +39,12 @@ def round_anew(graph: GraphProto, checkpoint: Checkpoint, block: int) -> None:
     Raises:
         ConversionError: the graph has a matrix that is no layer's and not the head's.
     """
-    tensors, sources = {tensor.name: tensor for tensor in graph.initializer}, dict(_sources(checkpoint))
+    tensors, made_of = {tensor.name: tensor for tensor in graph.initializer}, dict(sources(checkpoint))
     for node in graph.node:
         about = {attribute.name: attribute for attribute in node.attribute}
         if node.op_type != MATMUL or about["bits"].i != 8 or about["K"].i % block:
             continue
-        if (names := sources.get(node.name.rpartition("_Q")[0])) is None:
+        if (names := made_of.get(node.name.rpartition("_Q")[0])) is None:
             raise unknown_builder(f"the builder's graph has an unknown matrix, {node.name}")
         weights = torch.cat([checkpoint.tensor(name).float() for name in names])
         about["block_size"].i = block
@@ -54,15 +52,6 @@ def round_anew(graph: GraphProto, checkpoint: Checkpoint, block: int) -> None:
         tensors[node.input[1]].CopyFrom(numpy_helper.from_array(codes, node.input[1]))
         tensors[node.input[2]].CopyFrom(numpy_helper.from_array(scales, node.input[2]))
         _without_zeros(graph, node.input[3] if len(node.input) > 3 else "")
-
-
-def _sources(checkpoint: Checkpoint) -> Iterator[tuple[str, list[str]]]:
-    """Yield each node, and the tensors whose rows its matrix has, one under the other."""
-    yield HEAD, [checkpoint.head]
-    architecture = checkpoint.architecture
-    for layer in range(checkpoint.num_layers):
-        for matrix, roles in MATRICES.items():
-            yield node_name(layer, matrix), [architecture.layer_name(layer, architecture.layer[role]) for role in roles]
 
 
 def _without_zeros(graph: GraphProto, zeros: str) -> None:

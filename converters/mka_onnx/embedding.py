@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
 from onnx import GraphProto, NodeProto, TensorProto, helper, numpy_helper
 
+from mka_export.errors import CheckpointError
 from mka_onnx.eight_bits import MIDDLE, round_to_8_bits
 
 LOOKUP = "GatherBlockQuantized"
@@ -56,6 +60,28 @@ def quantize_embedding(graph: GraphProto, lookup: NodeProto, block: int) -> None
     graph.initializer.extend([numpy_helper.from_array(codes, names[0]), numpy_helper.from_array(scales, names[1])])
     place = next(i for i, node in enumerate(graph.node) if node.name == lookup.name)
     _replace(graph, place, _lookup(graph, lookup, [names[0], lookup.input[1], names[1]]))
+
+
+def own_rows(graph: GraphProto, folder: Path) -> NDArray[np.float32]:
+    """Return the embedding that is not the head's, (vocabulary, hidden), as it is in a finished graph.
+
+    Raises:
+        CheckpointError: the graph has none that we made.
+    """
+    tables = {tensor.name: tensor for tensor in graph.initializer}
+    found = [
+        numpy_helper.to_array(tables[node.input[0]], str(folder))
+        for node in graph.node
+        if node.op_type == "Gather" and node.name.startswith(OWN) and node.input[0] in tables
+    ]
+    codes = [table for table in found if table.dtype == np.uint8]
+    others = [table for table in found if table.dtype == np.float32]
+    if len(others) != 1 or len(codes) > 1:
+        raise CheckpointError(f"the graph in {folder} has an unknown embedding", "Make the folder anew.")
+    if not codes:
+        return others[0]
+    rows: NDArray[np.float32] = (codes[0].astype(np.float32) - np.float32(MIDDLE)) * others[0][..., None]
+    return rows.reshape(len(rows), -1)
 
 
 def _replace(graph: GraphProto, place: int, nodes: Sequence[NodeProto]) -> None:

@@ -24,7 +24,7 @@ class NBits:
     """One ``MatMulNBits`` node.
 
     Attributes:
-        name: of the node, ``/model/layers.0/attn/qkv_proj/MatMul_Q4``.
+        name: of the node before it was quantized, ``/model/layers.0/attn/qkv_proj/MatMul``.
         bits: of a code.
         block: columns that share a scale.
         shape: (rows, columns) of the matrix that its input is multiplied with: N and K of the operator.
@@ -69,14 +69,25 @@ class NBits:
             _put(tensor, self._folder, part.tobytes())
 
 
-def quantized_matrices(model: ModelProto, folder: Path) -> Iterator[NBits]:
-    """Yield the quantized matrices of a graph whose weights lie in ``folder`` or in the graph itself."""
+def quantized_matrices(model: ModelProto, folder: Path) -> dict[str, NBits]:
+    """Return the quantized matrices of a graph, by name; the weights lie in ``folder`` or in the graph itself."""
+    return {matrix.name: matrix for matrix in _matrices(model, folder)}
+
+
+def _matrices(model: ModelProto, folder: Path) -> Iterator[NBits]:
     tensors = {tensor.name: tensor for tensor in model.graph.initializer}
     for node in model.graph.node:
         if node.op_type == MATMUL:
             about = {attribute.name: attribute.i for attribute in node.attribute}
             given = tuple(tensors[name] for name in node.input[1:4] if name)  # B, scales, zero points if any
-            yield NBits(node.name, about["bits"], about["block_size"], (about["N"], about["K"]), given, folder)
+            yield NBits(
+                node.name.rpartition("_Q")[0],
+                about["bits"],
+                about["block_size"],
+                (about["N"], about["K"]),
+                given,
+                folder,
+            )
 
 
 def accuracy_level(graph: Path) -> int | None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
+from mka_export.models.checkpoint import Checkpoint
 from mka_onnx.settings import Options, Precision
 
 HEAD = "/lm_head/MatMul"
@@ -20,6 +22,15 @@ MATRICES = {  # of a layer: a node, and the roles whose rows it has, one under t
 def node_name(layer: int, matrix: str) -> str:
     """Return the name of a layer's node, before it is quantized."""
     return f"/model/layers.{layer}/{matrix}/MatMul"
+
+
+def sources(checkpoint: Checkpoint) -> Iterator[tuple[str, list[str]]]:
+    """Yield each node, and the tensors whose rows its matrix has, one under the other."""
+    yield HEAD, [checkpoint.head]
+    architecture = checkpoint.architecture
+    for layer in range(checkpoint.num_layers):
+        for matrix, roles in MATRICES.items():
+            yield node_name(layer, matrix), [architecture.layer_name(layer, architecture.layer[role]) for role in roles]
 
 
 def builder_weights(precision: Precision, options: Options, layers: int, tied: bool) -> dict[str, Any]:

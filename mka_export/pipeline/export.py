@@ -21,7 +21,6 @@ from mka_export.merge.stage import ACTIVATIONS, PLAN, SIMILARITY, merge_stage
 from mka_export.models.activations import Activations, calibrate, calibration_need
 from mka_export.models.checkpoint import Checkpoint, read_json
 from mka_export.models.expected import expected_outline, fetch_need
-from mka_export.models.gguf_source import unpacked_bytes
 from mka_export.models.outline import Outline
 from mka_export.models.prefixed import pass_bytes
 from mka_export.models.sampling import sampling_bytes
@@ -35,7 +34,7 @@ from mka_export.pipeline.depth import AutoRatio
 from mka_export.pipeline.forecast import Forecast, left_to_do
 from mka_export.pipeline.job import CALIBRATION, DEPTH, NO_QUESTIONS, PARITY, SAMPLED, Job, show, stem
 from mka_export.pipeline.measured import FACTS, unmeasured
-from mka_export.pipeline.measuring import GGUF_RUNTIME, Measuring, Subject
+from mka_export.pipeline.measuring import Measuring, Subject
 from mka_export.pipeline.requests import merge_settings
 from mka_export.report import CARDS, write_cards, write_reports
 from mka_export.target import Artifact, Limits, Target, load_converter
@@ -147,13 +146,14 @@ class Export(Job):
         if self.planned is not None and not self.targets:
             stages[f"{PARITY}/{[*stages][-1]}"] = Need(memory=measuring_bytes(model, 0, *windows))
         for target in self.targets:
-            made = load_converter(target.converter).need(shallow, target)
+            converter = load_converter(target.converter)
+            made = converter.need(shallow, target)
             if not searches:
                 target.require_budget(made)
             stages[target.name] = made
             stages[f"{PARITY}/{target.name}"] = Need(memory=measuring_bytes(model, made.kept, *windows))
-            if self._attribute and target.runtime == GGUF_RUNTIME:
-                unpacked = unpacked_bytes(shallow, made.kept)
+            if self._attribute:
+                unpacked = converter.unpacked_bytes(shallow, target)
                 need = Need(scratch=unpacked, memory=measuring_bytes(shallow, 0, *windows))
                 stages[f"{QUANTIZED}/{target.name}"] = need
                 if self.asking.wanted:

@@ -11,7 +11,6 @@ from typing import Any
 
 from mka_export.errors import CheckpointError, RuntimeFailure, UnsupportedError
 from mka_export.models.checkpoint import Checkpoint
-from mka_export.models.gguf_source import gguf_to_checkpoint
 from mka_export.models.outline import Outline
 from mka_export.models.text import sample_conversations, sample_prompts, tokenizer_corpus, tokenizer_oddities
 from mka_export.options import DeviceOptions
@@ -72,17 +71,11 @@ class Measuring:
         measured, details = self._measured(subject), dict(artifact.details)
         with self._weights(subject) as weights:
             opened = None
-            if subject.attribute and target.runtime == GGUF_RUNTIME:
+            if subject.attribute:
                 quantized = self._quantized(subject, weights)
                 measured = measured.with_step(quantized)
                 details["bits_per_weight_of_original"] = quantized.facts["bits_per_weight_of_original"]
                 opened = weights if quantized.scores else None
-            elif subject.attribute:
-                why = (
-                    f"--attribute: the weights of {target.name} cannot be read back into torch, so what rounding lost is "
-                    "not told from what the runtime does."
-                )
-                details["warnings"] = [*details.get("warnings", []), why]
             wanted = measured.scores and self._job.asking.wanted
             asked, failures = self._asked(subject, opened) if wanted else (None, [])
         return {
@@ -163,16 +156,18 @@ class Measuring:
     def _weights(self, subject: Subject) -> Iterator[Open]:
         """Yield what opens the artifact's own weights in torch.
 
-        They are unpacked when it is called, as any GGUF is, in float16 where they are quantized, and deleted in the end.
+        They are unpacked when it is called, and deleted in the end.
         """
         job = self._job
         final = job.workspace.path / QUANTIZED / f"{subject.target.name}-weights"
 
         def opened() -> Runtime:
+            made_from = [job.original, *(subject.lineage or {}).values()][-1]
             unpacked = kept_pieces(final, {"artifact": dict(subject.files)}) / QUANTIZED
             if not unpacked.is_dir():
                 with publish_folder(unpacked) as making:
-                    gguf_to_checkpoint(subject.artifact.path, making, job.progress)
+                    converter = load_converter(subject.target.converter)
+                    converter.unpack(subject.artifact.path, made_from, making, job.progress)
             return job.runtime(Checkpoint.open(unpacked))
 
         try:

@@ -140,7 +140,7 @@ def _about_the_artifact(artifact: Mapping[str, Any]) -> Iterator[str]:
         f"Size      {size(artifact['nbytes'])}"
         + (f", {100 * share:.1f} % of the original" if share is not None else "")
         + (f", {bits:.2f} bits a weight" if bits is not None else "")
-        + (f" ({whole:.2f} if no layers were merged)" if whole is not None else "")
+        + (f" ({whole:.2f} if no layers were merged)" if whole not in (None, bits) else "")
     )
     if graph := details.get("graph"):
         level = details.get("accuracy_level")

@@ -193,7 +193,8 @@ def test_the_folder_is_what_every_client_looks_for(pico_llama, convert_to):
     where = made.path / "onnx" / "model_q4.onnx"
     graph = read_graph(where).graph
     blocks = {
-        (matrix.bits, matrix.block, matrix.symmetric) for matrix in quantized_matrices(read_graph(where), where.parent)
+        (matrix.bits, matrix.block, matrix.symmetric)
+        for matrix in quantized_matrices(read_graph(where), where.parent).values()
     }
     assert blocks == {(4, 32, False), (8, 64, True)}
     used = {name for node in graph.node for name in node.input}

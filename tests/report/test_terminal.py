@@ -68,6 +68,8 @@ def test_size_layers_and_tensor_types(report: dict[str, Any]) -> None:
     assert "90.0 MB, 33.5 % of the original, 6.10 bits a weight" in line_with(text, "Size")
     report["targets"][0]["artifact"]["details"]["bits_per_weight_of_original"] = 5.987
     assert "6.10 bits a weight (5.99 if no layers were merged)" in line_with(printed(report), "Size")
+    report["targets"][0]["artifact"]["details"]["bits_per_weight_of_original"] = 6.1  # none were merged
+    assert "if no layers" not in printed(report)
     assert "30 → 27 layers" in line_with(text, "Merge")
     assert line_with(text, "Layers").endswith("0 … 19, 20+21+22, 23+24, 25 … 29")
     assert "160 Q5_0, 55 F32, 28 Q8_0" in line_with(text, "Tensors")
