@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -67,6 +68,7 @@ class Workspace:
     progress: Progress
     stages: list[Stage] = field(default_factory=list)
     _lock: Any = None
+    _made: dict[str, str] = field(default_factory=dict)  # kind and inputs -> the stage of this run that has them
 
     def __enter__(self) -> Workspace:
         check_ours(self.path)
@@ -93,20 +95,28 @@ class Workspace:
     ) -> None:
         self._lock.close()
 
-    def stage(self, name: str, inputs: Mapping[str, Any], make: Callable[[Path, Path], None]) -> Stage:
+    def stage(
+        self, name: str, inputs: Mapping[str, Any], make: Callable[[Path, Path], None], kind: str | None = None
+    ) -> Stage:
         """Return stage ``name``, made by ``make(folder, pieces)`` unless it is there with the same ``inputs``.
 
         Args:
             inputs: JSON values that the result depends on, versions and fingerprints included.
             make: writes the stage's files into the existing empty ``folder``. What it leaves in ``pieces`` is
                 there again when the work is killed and goes on with the same inputs.
+            kind: of what several stages may be. One whose inputs another of this run has too is copied from it.
         """
         final = self.path / name
         inputs = json.loads(json.dumps(inputs, sort_keys=True))
         stage, why = _existing(final, name, inputs)
+        same = json.dumps([kind, inputs])
         if stage is None:
             if final.exists():
                 self.progress.say(f"{name}: made again, because {why}")
+            twin = self._made.get(same)
+            if twin is not None and (there := self.kept(twin, inputs)):
+                self.progress.say(f"{name}: the same as {twin}, copied")
+                make = partial(_copy, there)
             start = time.monotonic()
             pieces = kept_pieces(final, inputs)
             with publish_folder(final) as folder:
@@ -126,6 +136,8 @@ class Workspace:
         else:
             self.progress.say(f"{name}: there already, kept")
             shutil.rmtree(pieces_folder(final), ignore_errors=True)  # the run that published it was killed
+        if kind is not None:
+            self._made[same] = name
         self.stages = [*(other for other in self.stages if other.name != name), stage]
         return stage
 
@@ -289,6 +301,12 @@ def _existing(final: Path, name: str, inputs: Mapping[str, Any]) -> tuple[Stage 
         if file not in there or not there[file].is_file() or file_sha256(there[file]) != sha256:
             return None, f"{file} is not as it was made"
     return Stage(name, final, record["seconds"], True, record["files"]), ""
+
+
+def _copy(stage: Stage, folder: Path, pieces: Path) -> None:
+    for name in stage.files:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(stage.path / name, folder / name)
 
 
 def kept_pieces(final: Path, inputs: Mapping[str, Any]) -> Path:

@@ -320,6 +320,30 @@ def test_convert_and_check_work_without_merging_and_only_once(model, tmp_path, m
     assert not work
 
 
+def test_targets_that_differ_in_their_limits_only_are_made_and_measured_once(model, tmp_path, work):
+    """As android-arm64 and ios do."""
+    target = 'description = "a phone"\nconverter = "gguf"\nprecision = "q8_0"\nruntime = "llama.cpp"\n[compression]\n'
+    (tmp_path / "old-phone.toml").write_text(target + "max_mean_kl = 1.0\n")
+    (tmp_path / "new-phone.toml").write_text(target + "max_mean_kl = 1e-9\n")
+    to = ["--to", tmp_path / "old-phone.toml", "--to", tmp_path / "new-phone.toml"]
+    command = ["convert", model, *to, "--out", tmp_path / "out", *SMALL[:-1]]
+    result = type_in(*command)
+    assert result.exit_code == 3, result.output
+    assert "new-phone: the same as old-phone, copied" in result.stderr
+    assert "parity/new-phone: the same as parity/old-phone, copied" in result.stderr
+    assert work["opened"] == 1
+    old, new = json.loads((tmp_path / "out" / "report.json").read_text())["targets"]
+    assert [file["sha256"] for file in old["artifact"]["files"]] == [
+        file["sha256"] for file in new["artifact"]["files"]
+    ]
+    assert Path(new["artifact"]["path"]).parent == (tmp_path / "out" / "new-phone")
+    assert (old["verdict"], new["verdict"]) == ("pass", "fail")
+    work.clear()
+    assert type_in(*command, "--quiet").exit_code == 3
+    assert not work
+    assert type_in("verify", tmp_path / "out", "--quiet").exit_code == 0
+
+
 @pytest.mark.parametrize("place", ["parity", "parity/model"])
 def test_a_check_does_not_take_the_place_of_what_it_checks(done, model, place, tmp_path):
     (gguf,) = (done[0] / "gguf-f16").glob("*.gguf")

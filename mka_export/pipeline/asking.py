@@ -173,7 +173,7 @@ class Asking:
             _write(asked, 0, folder)
 
         about = job.inputs(job.original, *packages)
-        job.workspace.stage(stage, {**about, **(self.inputs or {}), **inputs}, make)
+        job.workspace.stage(stage, {**about, **(self.inputs or {}), **inputs}, make, kind=MMLU)
 
 
 def read_asked(folder: Path, steps: Sequence[str], target: str) -> Asked:

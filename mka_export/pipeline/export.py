@@ -322,7 +322,7 @@ class Export(Job):
         try:
             need = converter.need(Outline.of_checkpoint(checkpoint), target)
             target.require_budget(need)
-            stage = self.workspace.stage(target.name, inputs, make)
+            stage = self.workspace.stage(target.name, inputs, make, kind=ARTIFACT)
         except ConversionError as error:
             self.progress.say(f"{target.name}: {error}")
             failed = unmeasured(target.runtime, str(error)).judged(target.conversion, target.compression)

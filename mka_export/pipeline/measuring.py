@@ -111,7 +111,8 @@ class Measuring:
         def make(folder: Path, pieces: Path) -> None:
             self._measure(subject).write(folder)
 
-        return Measured.read(job.workspace.stage(f"{PARITY}/{subject.target.name}", inputs, make).path)
+        stage = job.workspace.stage(f"{PARITY}/{subject.target.name}", inputs, make, kind=PARITY)
+        return Measured.read(stage.path)
 
     def _measure(self, subject: Subject) -> Measured:
         job, name = self._job, subject.target.runtime
@@ -198,7 +199,8 @@ class Measuring:
             facts["steps"] = [asdict(Run.of(QUANTIZED, runtime))]
             Measured(facts, Scores({QUANTIZED: scores.nll[ARTIFACT]}, {})).write(folder)
 
-        return Measured.read(job.workspace.stage(f"{QUANTIZED}/{subject.target.name}", inputs, make).path)
+        stage = job.workspace.stage(f"{QUANTIZED}/{subject.target.name}", inputs, make, kind=QUANTIZED)
+        return Measured.read(stage.path)
 
     def _bits_of_original(self, subject: Subject) -> float | None:
         """Return the bits a weight that the target would spend on the original: another mix is not another loss."""
