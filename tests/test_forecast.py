@@ -120,6 +120,20 @@ def test_looking_ahead_makes_and_fetches_nothing(command, tmp_path, monkeypatch)
     assert list(tmp_path.iterdir()) == []
 
 
+def test_what_was_made_with_other_settings_is_to_be_made_again(wide, tmp_path):
+    job = [wide, "--protect", "1", "--to", "gguf-q8", "--out", tmp_path / "out", *SMALL, *LOOSE]
+    assert type_in(*job, "--ratio", "0.4").exit_code in (0, 4)
+
+    def left(*arguments: object) -> set[str]:
+        stages = json.loads(type_in(*job, *arguments, "--dry-run", "--json").stdout)["stages"]
+        return {name for name, need in stages.items() if any(need.values())}
+
+    assert left("--ratio", "0.4") == set()
+    assert left("--ratio", "0.2") == {"merged", "gguf-q8", "parity/gguf-q8"}
+    assert left("--ratio", "0.4", "--max-fallback", "0.9") == {"gguf-q8", "parity/gguf-q8"}
+    assert left("--ratio", "0.4", "--to", "gguf-f16") == {"gguf-f16", "parity/gguf-f16"}
+
+
 def test_what_is_too_little_is_said(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(forecast, "free_memory", lambda: GB)

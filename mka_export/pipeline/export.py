@@ -122,6 +122,7 @@ class Export(Job):
 
     def _forecast(self, model: Outline, cache: Path, fetch: Need) -> Forecast:
         stages: dict[str, Need] = {}
+        known: dict[str, dict[str, Any]] = {}
         method, layers, tokens = None, model.num_layers, self.texts.calibration_tokens
         searches = self.auto is not None and self.auto.searches
         calibrated = self.planned is not None or any(t.activations or t.calibration for t in self.targets)
@@ -135,6 +136,8 @@ class Export(Job):
             if searches and not (self.out / MERGED / RECORD).is_file():  # else it is over; what is tried is not kept
                 stages[DEPTH] = Need(scratch=need.kept + need.scratch, memory=need.memory)
             layers -= self.auto.least(model) if self.auto else remove
+            if not searches:
+                known[MERGED] = _described(settings)
             stages[MERGED] = dataclasses.replace(need, kept=model.with_layers(layers).nbytes)
         elif any(target.activations for target in self.targets):
             stages[CALIBRATION] = calibration_need(model, tokens)
@@ -142,29 +145,39 @@ class Export(Job):
         if self.healing.heal != "none":
             count = max(1, self.healing.heal_tokens // CALIBRATION_WINDOW)
             stages[HEALED] = heal_need(model, shallow, count, CALIBRATION_WINDOW)
-        windows = (self.texts.windows, self.texts.window_tokens)
+            known[HEALED] = {"healing": dataclasses.asdict(self._healing)}
         if self.planned is not None and not self.targets:
-            stages[f"{PARITY}/{[*stages][-1]}"] = Need(memory=measuring_bytes(model, 0, *windows))
+            stages[f"{PARITY}/{[*stages][-1]}"] = Need(memory=self._measuring_bytes(model, 0))
         for target in self.targets:
-            converter = load_converter(target.converter)
-            made = converter.need(shallow, target)
+            needs = self._needs(target, model, shallow)
             if not searches:
-                target.require_budget(made)
-            stages[target.name] = made
-            stages[f"{PARITY}/{target.name}"] = Need(memory=measuring_bytes(model, made.kept, *windows))
-            if self._attribute:
-                unpacked = converter.unpacked_bytes(shallow, target)
-                need = Need(scratch=unpacked, memory=measuring_bytes(shallow, 0, *windows))
-                stages[f"{QUANTIZED}/{target.name}"] = need
-                if self.asking.wanted:
-                    stages[f"{MMLU}/{QUANTIZED}/{target.name}"] = Need(scratch=unpacked)
+                target.require_budget(needs[target.name])
+                known[target.name] = self._wanted(target, layers)
+            stages |= needs
         if self.asking.wanted:
             largest = max(need.kept for need in stages.values()) if stages else 0
             stages[MMLU] = Need(memory=max(pass_bytes(model), largest))
         if searches:  # where one layer less goes after all, what was made is replaced
             again = sum(stages[name].kept for name in (MERGED, *(target.name for target in self.targets)))
             stages[MERGED] = dataclasses.replace(stages[MERGED], scratch=stages[MERGED].scratch + again)
-        return Forecast(model, layers, searches, method, cache, fetch, self.out, left_to_do(self.out, stages))
+        left = left_to_do(self.out, stages, known, first=(SAMPLED, MERGED, HEALED))
+        return Forecast(model, layers, searches, method, cache, fetch, self.out, left)
+
+    def _needs(self, target: Target, model: Outline, shallow: Outline) -> dict[str, Need]:
+        """Return the stages of a target, and what each takes."""
+        converter = load_converter(target.converter)
+        made = converter.need(shallow, target)
+        needs = {target.name: made, f"{PARITY}/{target.name}": Need(memory=self._measuring_bytes(model, made.kept))}
+        if self._attribute:
+            unpacked = converter.unpacked_bytes(shallow, target)
+            needs[f"{QUANTIZED}/{target.name}"] = Need(scratch=unpacked, memory=self._measuring_bytes(shallow, 0))
+            if self.asking.wanted:
+                needs[f"{MMLU}/{QUANTIZED}/{target.name}"] = Need(scratch=unpacked)
+        return needs
+
+    def _measuring_bytes(self, model: Outline, artifact: int) -> int:
+        """Return the memory that measuring takes, beside an artifact of so many bytes."""
+        return measuring_bytes(model, artifact, self.texts.windows, self.texts.window_tokens)
 
     def merge(self) -> Checkpoint:
         """Publish the merged checkpoint, with its plan, heat map and activations.
@@ -177,7 +190,7 @@ class Export(Job):
         inputs = {
             **self.inputs(self.original),
             "calibration": self.calibration.sha256,
-            "merge": settings.to_dict() if isinstance(settings, Plan) else dataclasses.asdict(settings),
+            **_described(settings),
         }
 
         def make(folder: Path, pieces: Path) -> None:
@@ -218,8 +231,7 @@ class Export(Job):
             self.windows(self.healing.heal_tokens),
             self._merge_report["layers"],
         )
-        options = self.healing
-        healing = Healing(options.heal_steps, options.heal_batch, options.heal_rate, options.heal_train)
+        healing = self._healing
         inputs = {
             **self.inputs(merged),
             "original": self.original.fingerprint,
@@ -293,15 +305,13 @@ class Export(Job):
         return show(report, as_json=self.output.json)
 
     def _target(self, checkpoint: Checkpoint, target: Target) -> dict[str, Any]:
-        merged = checkpoint is not self.original
-        name = stem(self.source.name) + (f"-{checkpoint.num_layers}L" if merged else "")
-        target = dataclasses.replace(target, options={"file_stem": name, **target.options})
+        target = dataclasses.replace(target, options=self._wanted(target, checkpoint.num_layers)["target"]["options"])
         activations = self._activations(checkpoint) if target.activations else None
         calibration = torch.from_numpy(self.calibration.ids) if target.calibration else None
         converter = load_converter(target.converter)
         inputs = {
             **self.inputs(checkpoint, *converter.PACKAGES),
-            "target": {"converter": target.converter, "precision": target.precision, "options": dict(target.options)},
+            **self._wanted(target, checkpoint.num_layers),
             "activations": activations and [activations.calibration, activations.tokens],
             "calibration": self.calibration.sha256 if target.calibration else None,
         }
@@ -336,6 +346,17 @@ class Export(Job):
             entry["budget"] = {**dataclasses.asdict(target.budget), "taken": taken}
         return entry
 
+    @property
+    def _healing(self) -> Healing:
+        options = self.healing
+        return Healing(options.heal_steps, options.heal_batch, options.heal_rate, options.heal_train)
+
+    def _wanted(self, target: Target, layers: int) -> dict[str, Any]:
+        """Return what of a target an artifact with so many layers depends on; its file is called after both."""
+        name = stem(self.source.name) + (f"-{layers}L" if self.planned is not None else "")
+        options = {"file_stem": name, **target.options}
+        return {"target": {"converter": target.converter, "precision": target.precision, "options": options}}
+
     def _activations(self, checkpoint: Checkpoint) -> Activations:
         if checkpoint is not self.original:
             return Activations.load(checkpoint.path / ACTIVATIONS)
@@ -350,3 +371,8 @@ class Export(Job):
     def write_manifest(self) -> None:
         """Record what was made from what."""
         self.workspace.write_manifest(self.about())
+
+
+def _described(settings: Settings | Plan) -> dict[str, Any]:
+    """Return what of its settings a merge depends on."""
+    return {"merge": settings.to_dict() if isinstance(settings, Plan) else dataclasses.asdict(settings)}

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import psutil
 from mka_export.errors import WorkspaceError
 from mka_export.models.outline import Outline
 from mka_export.needs import Need, disk_peak, existing, free_bytes, size
-from mka_export.workspace import RECORD, pieces_folder
+from mka_export.workspace import pieces_folder, read_record
 
 FETCH = "fetch"
 # Python with torch, transformers and scikit-learn in it, and the runtime's process with llama.cpp: measured 0.43
@@ -105,16 +106,28 @@ class Forecast:
         }
 
 
-def left_to_do(out: Path, stages: Mapping[str, Need]) -> dict[str, Need]:
-    """Return the stages with what is still to be made: published ones take nothing, finished pieces no disk again."""
-    left = {}
+def left_to_do(
+    out: Path, stages: Mapping[str, Need], known: Mapping[str, Mapping[str, Any]], first: Iterable[str]
+) -> dict[str, Need]:
+    """Return the stages with what is still to be made: published ones take nothing, finished pieces no disk again.
+
+    Args:
+        stages: in the order in which they are made; ``parity/NAME`` and the like are of what stage ``NAME`` makes.
+        known: name -> those of a stage's inputs that are known beforehand. One that was published with others is made anew.
+        first: stages on which all later ones depend.
+    """
+    left: dict[str, Need] = {}
+    anew: set[str] = set()
     for name, need in stages.items():
         final = out / name
-        if (final / RECORD).is_file():
+        record, inputs = read_record(final), json.loads(json.dumps(known.get(name, {})))
+        spoilt = not anew.isdisjoint({*first, *Path(name).parts})
+        if record and not spoilt and all(record["inputs"].get(key) == inputs[key] for key in inputs):
             left[name] = Need()
-        else:
-            pieces = sum(path.stat().st_size for path in pieces_folder(final).rglob("*") if path.is_file())
-            left[name] = replace(need, scratch=max(0, need.scratch - pieces))
+            continue
+        anew.add(name)
+        pieces = sum(path.stat().st_size for path in pieces_folder(final).rglob("*") if path.is_file())
+        left[name] = replace(need, scratch=max(0, need.scratch - pieces))
     return left
 
 
