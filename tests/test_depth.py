@@ -107,7 +107,7 @@ def test_no_more_layers_go_than_the_size_asks_for(pico_llama):
         assert fewest_that_fit(model, [target], sizes[remove] + 1, 4).remove == remove
     with pytest.raises(UsageError, match="the artifacts fit as they are"):
         fewest_that_fit(model, [target], sizes[0], 4)
-    with pytest.raises(MkaError, match="even with 2 gguf-f16 may take"):
+    with pytest.raises(MkaError, match="even with 2 layers gguf-f16 may take"):
         fewest_that_fit(model, [target], sizes[4] - 1, 4)
 
 
@@ -119,7 +119,7 @@ def test_the_artifact_fits(pico_llama, tmp_path):
     report = json.loads(result.stdout)
     assert report["targets"][0]["artifact"]["nbytes"] <= size
     assert report["merge"]["layers_after"] == 4
-    assert report["merge"]["depth"]["limited_by"].startswith("with 5 gguf-f16 may take")
+    assert report["merge"]["depth"]["limited_by"].startswith("with 5 layers gguf-f16 may take")
     assert "4 layers are the limit of artifacts of at most" in result.stderr
 
 

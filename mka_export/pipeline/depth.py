@@ -68,7 +68,7 @@ def fewest_that_fit(model: Outline, targets: Sequence[Target], nbytes: int, most
         kept, name = max(
             (load_converter(target.converter).need(shallow, target).kept, target.name) for target in targets
         )
-        return f"with {shallow.num_layers} {name} may take {size(kept)}" if kept > nbytes else ""
+        return f"with {shallow.num_layers} layers {name} may take {size(kept)}" if kept > nbytes else ""
 
     why = too_large(0)
     if not why:
