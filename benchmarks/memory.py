@@ -29,6 +29,7 @@ from job import COMMAND, FINISHED
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from mka_export.models.checkpoint import CheckpointWriter
+from mka_export.options import ITERATIVE
 from mka_export.parity.runtimes import open_runtime
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
@@ -148,6 +149,7 @@ def numbers(_context: object, _parameter: object, value: str) -> list[int]:
 @click.option("--ratio", default=0.4)
 @click.option("--to", default="gguf-q4")
 @click.option("--method", default="mka")
+@click.option("--schedule", default=ITERATIVE, help="one-shot leaves out the merges on trial, most of the time.")
 def main(
     folder: Path,
     layers: list[int],
@@ -161,6 +163,7 @@ def main(
     ratio: float,
     to: str,
     method: str,
+    schedule: str,
 ) -> None:
     """Make the models in FOLDER (kept there), run the main job on each, print a table."""
     peaks = []
@@ -188,8 +191,9 @@ def main(
         command = [*COMMAND, str(model), "--out", str(out)]
         command += ["--ratio", str(ratio), "--to", to, "--method", method, "--device", "cpu", "--window-tokens", "64"]
         command += ["--calibration-tokens", str(budget), "--windows", "2"]
+        command += ["--schedule", schedule] if schedule != ITERATIVE else []
         print(f"{count} layers, hidden {hidden}, MLP {mlp}, vocabulary {vocab}, {size / 1e9:.1f} GB of bfloat16;")
-        print(f"--ratio {ratio} --to {to} --method {method} --calibration-tokens {budget}\n", flush=True)
+        print(f"{shlex.join(command[6:])}\n", flush=True)
         watched = watch(command)
         peaks.append((count, budget, watched.peak))
         (target,) = json.loads((out / "report.json").read_text())["targets"]
