@@ -177,7 +177,8 @@ class Converter(Protocol):
             checkpoint: what it was made from.
 
         Raises:
-            CheckpointError, UnsupportedError: they cannot be read back; nothing else may escape.
+            CheckpointError, UnsupportedError: they cannot be read back.
+            MkaError: the disk has no room.
         """
 
     def convert(

@@ -121,6 +121,9 @@ def test_the_artifact_fits(pico_llama, tmp_path):
     assert report["merge"]["layers_after"] == 4
     assert report["merge"]["depth"]["limited_by"].startswith("with 5 layers gguf-f16 may take")
     assert "4 layers are the limit of artifacts of at most" in result.stderr
+    again = [pico_llama, *AUTO, "--max-size", size, "--out", tmp_path / "out", *SMALL, "--dry-run", "--json"]
+    stages = json.loads(type_in(*again).stdout)["stages"]
+    assert not any(value for need in stages.values() for value in need.values())
 
 
 @pytest.fixture(scope="module")

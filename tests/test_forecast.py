@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import os
 import shutil
@@ -21,7 +22,7 @@ from mka_export.models.checkpoint import Checkpoint
 from mka_export.models.outline import Outline
 from mka_export.needs import GB, Need, disk_peak, free_bytes, require_room
 from mka_export.parity.runtimes import RUNTIMES
-from mka_export.pipeline import forecast
+from mka_export.pipeline import forecast, job
 from mka_export.target import Limits, Target, load_converter
 
 SMALL = ["--windows", "4", "--window-tokens", "64", "--calibration-tokens", "2048", "--device", "cpu", "--quiet"]
@@ -120,18 +121,20 @@ def test_looking_ahead_makes_and_fetches_nothing(command, tmp_path, monkeypatch)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_what_was_made_with_other_settings_is_to_be_made_again(wide, tmp_path):
-    job = [wide, "--protect", "1", "--to", "gguf-q8", "--out", tmp_path / "out", *SMALL, *LOOSE]
-    assert type_in(*job, "--ratio", "0.4").exit_code in (0, 4)
+def test_what_was_made_with_other_settings_is_to_be_made_again(wide, tmp_path, monkeypatch):
+    asked = [wide, "--protect", "1", "--to", "gguf-q8", "--out", tmp_path / "out", *SMALL, *LOOSE]
+    assert type_in(*asked, "--ratio", "0.4").exit_code in (0, 4)
 
     def left(*arguments: object) -> set[str]:
-        stages = json.loads(type_in(*job, *arguments, "--dry-run", "--json").stdout)["stages"]
+        stages = json.loads(type_in(*asked, *arguments, "--dry-run", "--json").stdout)["stages"]
         return {name for name, need in stages.items() if any(need.values())}
 
     assert left("--ratio", "0.4") == set()
     assert left("--ratio", "0.2") == {"merged", "gguf-q8", "parity/gguf-q8"}
     assert left("--ratio", "0.4", "--max-fallback", "0.9") == {"gguf-q8", "parity/gguf-q8"}
     assert left("--ratio", "0.4", "--to", "gguf-f16") == {"gguf-f16", "parity/gguf-f16"}
+    monkeypatch.setattr(job, "version", lambda name: "99.9" if name == "gguf" else importlib.metadata.version(name))
+    assert left("--ratio", "0.4") == {"gguf-q8", "parity/gguf-q8"}
 
 
 def test_what_is_too_little_is_said(monkeypatch, tmp_path):

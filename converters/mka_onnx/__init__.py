@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from mka_export.progress import Progress
     from mka_export.target import Artifact, Target
 
-PACKAGES = ("onnx", "onnx-ir", "onnxscript", "onnxruntime-genai")
+PACKAGES = ("onnx", "onnx-ir", "onnxscript", "onnxruntime", "onnxruntime-genai")
 
 
 def check(checkpoint: Checkpoint, target: Target) -> None:
@@ -43,7 +43,7 @@ def unpacked_bytes(model: Outline, target: Target) -> int:
     """Return the most bytes that ``unpack`` writes: see ``mka_onnx.size.unpacked_bytes``."""
     from mka_onnx.size import unpacked_bytes as run
 
-    return run(model)
+    return run(model, target)
 
 
 def unpack(artifact: Path, checkpoint: Checkpoint, out: Path, progress: Progress) -> None:

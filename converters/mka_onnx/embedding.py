@@ -80,7 +80,9 @@ def own_rows(graph: GraphProto, folder: Path) -> NDArray[np.float32]:
         raise CheckpointError(f"the graph in {folder} has an unknown embedding", "Make the folder anew.")
     if not codes:
         return others[0]
-    rows: NDArray[np.float32] = (codes[0].astype(np.float32) - np.float32(MIDDLE)) * others[0][..., None]
+    rows: NDArray[np.float32] = codes[0].astype(np.float32)
+    rows -= np.float32(MIDDLE)
+    rows *= others[0][..., None]
     return rows.reshape(len(rows), -1)
 
 

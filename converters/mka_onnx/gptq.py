@@ -13,6 +13,7 @@ HOLD = 0.05  # how strongly scales are held, relative to the energy of their blo
 FLOOR = 1e-12  # added to that: a block of zeros keeps its scale
 EQUATIONS = 2**24  # coefficients of scales in memory at a time
 COLUMNS = 32  # whose errors are carried over one by one; to the others together
+ROWS = 4096  # that are dequantized at once
 
 
 @dataclass(frozen=True)
@@ -34,8 +35,13 @@ class Blocks:
     def dequantize(self) -> Tensor:
         """Return the matrix, float32."""
         columns = self.codes.shape[1]
-        scales, zeros = (_spread(each, self.block, columns) for each in (self.scales, self.zeros.float()))
-        return (self.codes.float() - zeros) * scales
+        out = torch.empty(self.codes.shape)
+        for part, codes, scales, zeros in zip(
+            *(torch.split(each, ROWS) for each in (out, self.codes, self.scales, self.zeros)), strict=True
+        ):
+            torch.sub(codes.float(), _spread(zeros.float(), self.block, columns), out=part)
+            part.mul_(_spread(scales, self.block, columns))
+        return out
 
 
 def quantize(weight: Tensor, gram: Tensor, bits: int, block: int, symmetric: bool) -> Blocks:

@@ -57,8 +57,10 @@ def bits_per_weight(model: Outline, target: Target) -> float | None:
     return spent / sum(matrices.values())
 
 
-def unpacked_bytes(model: Outline) -> int:
-    """Return the most bytes that ``unpack`` writes: float32, and the tokenizer."""
+def unpacked_bytes(model: Outline, target: Target) -> int:
+    """Return the most bytes that ``unpack`` writes: float32, and the tokenizer; nothing where nothing is quantized."""
+    if not read_settings(target)[0].quantized:
+        return 0
     return FLOAT * model.parameters + TOKEN_BYTES * model.vocab_size
 
 

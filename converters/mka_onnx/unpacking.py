@@ -10,10 +10,12 @@ import torch
 from mka_export.errors import CheckpointError, UnsupportedError
 from mka_export.models.checkpoint import CONFIG, Checkpoint, CheckpointWriter, copy_tokenizer
 from mka_export.models.onnx_file import read_graph, require_own_files
+from mka_export.needs import require_room
 from mka_export.progress import Progress
 from mka_onnx.embedding import own_rows
 from mka_onnx.nbits import quantized_matrices
 from mka_onnx.nodes import sources
+from mka_onnx.size import FLOAT
 
 
 def unpack(folder: Path, checkpoint: Checkpoint, out: Path, progress: Progress) -> None:
@@ -29,13 +31,17 @@ def unpack(folder: Path, checkpoint: Checkpoint, out: Path, progress: Progress) 
     Raises:
         CheckpointError: the folder is not as we made it.
         UnsupportedError: its weights are not quantized.
+        MkaError: the disk has no room for the checkpoint.
     """
     graph = next(iter(sorted((folder / "onnx").glob("*.onnx"))), folder / "onnx" / "model.onnx")
     model = read_graph(graph)
     require_own_files(model, graph)
     matrices = quantized_matrices(model, graph.parent)
     if not matrices:
-        raise UnsupportedError(f"the weights of {folder.name} are not quantized: they are the checkpoint's")
+        raise UnsupportedError(f"the weights of {folder.name} are not quantized")
+    require_room(
+        out, FLOAT * checkpoint.parameters, f"unpacking {folder.name}", "Free space there, or use a larger disk."
+    )
     left, embedding = set(checkpoint.shards), checkpoint.architecture.tensors["embedding"]
     with progress.task(f"reading {folder.name}", len(matrices)) as task, CheckpointWriter(out) as writer:
         for node, names in sources(checkpoint):

@@ -32,7 +32,7 @@ from mka_export.parity.verdict import judge
 from mka_export.pipeline.asking import MMLU
 from mka_export.pipeline.depth import AutoRatio
 from mka_export.pipeline.forecast import Forecast, left_to_do
-from mka_export.pipeline.job import CALIBRATION, DEPTH, NO_QUESTIONS, PARITY, SAMPLED, Job, show, stem
+from mka_export.pipeline.job import CALIBRATION, DEPTH, NO_QUESTIONS, PARITY, SAMPLED, Job, made_with, show, stem
 from mka_export.pipeline.measured import FACTS, unmeasured
 from mka_export.pipeline.measuring import Measuring, Subject
 from mka_export.pipeline.requests import merge_settings
@@ -130,29 +130,30 @@ class Export(Job):
             ids, text = 8 * self.longest, 8 * self.longest  # bytes: int64 each, and more than a token's text takes
             stages[SAMPLED] = Need(kept=ids + text, memory=sampling_bytes(model, min(CALIBRATION_WINDOW, tokens)))
         if self.planned is not None:
-            settings = self._settings(self.planned, model.architecture.name, layers)
-            method, remove = settings.method, settings.remove
-            need = merge_need(model, remove, method, tokens, CALIBRATION_WINDOW)
+            deepest = self._settings(self.planned, model.architecture.name, layers)
+            settings = self._least(deepest, model)
+            method, most = settings.method, (deepest if searches else settings).remove
+            need = merge_need(model, most, method, tokens, CALIBRATION_WINDOW)
             if searches and not (self.out / MERGED / RECORD).is_file():  # else it is over; what is tried is not kept
                 stages[DEPTH] = Need(scratch=need.kept + need.scratch, memory=need.memory)
-            layers -= self.auto.least(model) if self.auto else remove
-            if not searches:
-                known[MERGED] = _described(settings)
+            layers -= settings.remove
+            known[MERGED] = {**made_with(), **({} if searches else _merge_inputs(settings))}
             stages[MERGED] = dataclasses.replace(need, kept=model.with_layers(layers).nbytes)
         elif any(target.activations for target in self.targets):
-            stages[CALIBRATION] = calibration_need(model, tokens)
+            stages[CALIBRATION], known[CALIBRATION] = calibration_need(model, tokens), made_with()
         shallow = model.with_layers(layers)
         if self.healing.heal != "none":
             count = max(1, self.healing.heal_tokens // CALIBRATION_WINDOW)
             stages[HEALED] = heal_need(model, shallow, count, CALIBRATION_WINDOW)
-            known[HEALED] = {"healing": dataclasses.asdict(self._healing)}
+            known[HEALED] = {**made_with(), "healing": dataclasses.asdict(self._healing)}
         if self.planned is not None and not self.targets:
             stages[f"{PARITY}/{[*stages][-1]}"] = Need(memory=self._measuring_bytes(model, 0))
         for target in self.targets:
             needs = self._needs(target, model, shallow)
             if not searches:
                 target.require_budget(needs[target.name])
-                known[target.name] = self._wanted(target, layers)
+                made_by = made_with(*load_converter(target.converter).PACKAGES)
+                known[target.name] = {**made_by, **self._target_inputs(target, layers)}
             stages |= needs
         if self.asking.wanted:
             largest = max(need.kept for need in stages.values()) if stages else 0
@@ -162,6 +163,12 @@ class Export(Job):
             stages[MERGED] = dataclasses.replace(stages[MERGED], scratch=stages[MERGED].scratch + again)
         left = left_to_do(self.out, stages, known, first=(SAMPLED, MERGED, HEALED))
         return Forecast(model, layers, searches, method, cache, fetch, self.out, left)
+
+    def _least(self, settings: Settings | Plan, model: Outline) -> Settings | Plan:
+        """Return what is merged at least; ``settings`` are for the most where a limit decides."""
+        if self.auto is None or isinstance(settings, Plan):
+            return settings
+        return dataclasses.replace(settings, remove=self.auto.least(model))
 
     def _needs(self, target: Target, model: Outline, shallow: Outline) -> dict[str, Need]:
         """Return the stages of a target, and what each takes."""
@@ -190,7 +197,7 @@ class Export(Job):
         inputs = {
             **self.inputs(self.original),
             "calibration": self.calibration.sha256,
-            **_described(settings),
+            **_merge_inputs(settings),
         }
 
         def make(folder: Path, pieces: Path) -> None:
@@ -305,13 +312,15 @@ class Export(Job):
         return show(report, as_json=self.output.json)
 
     def _target(self, checkpoint: Checkpoint, target: Target) -> dict[str, Any]:
-        target = dataclasses.replace(target, options=self._wanted(target, checkpoint.num_layers)["target"]["options"])
+        target = dataclasses.replace(
+            target, options=self._target_inputs(target, checkpoint.num_layers)["target"]["options"]
+        )
         activations = self._activations(checkpoint) if target.activations else None
         calibration = torch.from_numpy(self.calibration.ids) if target.calibration else None
         converter = load_converter(target.converter)
         inputs = {
             **self.inputs(checkpoint, *converter.PACKAGES),
-            **self._wanted(target, checkpoint.num_layers),
+            **self._target_inputs(target, checkpoint.num_layers),
             "activations": activations and [activations.calibration, activations.tokens],
             "calibration": self.calibration.sha256 if target.calibration else None,
         }
@@ -351,7 +360,7 @@ class Export(Job):
         options = self.healing
         return Healing(options.heal_steps, options.heal_batch, options.heal_rate, options.heal_train)
 
-    def _wanted(self, target: Target, layers: int) -> dict[str, Any]:
+    def _target_inputs(self, target: Target, layers: int) -> dict[str, Any]:
         """Return what of a target an artifact with so many layers depends on; its file is called after both."""
         name = stem(self.source.name) + (f"-{layers}L" if self.planned is not None else "")
         options = {"file_stem": name, **target.options}
@@ -373,6 +382,6 @@ class Export(Job):
         self.workspace.write_manifest(self.about())
 
 
-def _described(settings: Settings | Plan) -> dict[str, Any]:
+def _merge_inputs(settings: Settings | Plan) -> dict[str, Any]:
     """Return what of its settings a merge depends on."""
     return {"merge": settings.to_dict() if isinstance(settings, Plan) else dataclasses.asdict(settings)}

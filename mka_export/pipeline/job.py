@@ -39,8 +39,19 @@ from mka_export.workspace import Stage, Workspace, check_ours
 SAMPLED, CALIBRATION, DEPTH, PARITY = "sampled", "calibration", "depth", "parity"  # stages, besides the checkpoints'
 EVAL = "eval"  # a folder of them
 SAMPLED_IDS, SAMPLED_TEXT = "ids.npy", "text.txt"
-COMMON_PACKAGES = ("mka-export", "torch", "transformers", "tokenizers", "numpy", "scikit-learn")  # every stage's
-PACKAGES = (*COMMON_PACKAGES, "gguf", "llama-cpp-python", "onnx", "onnxruntime", "onnxruntime-genai")
+COMMON_PACKAGES = (
+    "mka-export",
+    "torch",
+    "transformers",
+    "tokenizers",
+    "numpy",
+    "scipy",
+    "scikit-learn",
+)  # every stage's
+PACKAGES = (
+    *(*COMMON_PACKAGES, "gguf", "llama-cpp-python", "jinja2"),
+    *("onnx", "onnx-ir", "onnxscript", "onnxruntime", "onnxruntime-genai"),
+)
 
 
 NO_QUESTIONS = MmluOptions()
@@ -179,7 +190,7 @@ class Job:
 
     def inputs(self, checkpoint: Checkpoint, *packages: str) -> dict[str, Any]:
         """Return what a stage made from a checkpoint depends on; ``packages``: besides those of every stage."""
-        return {"model": checkpoint.fingerprint, "versions": versions(*COMMON_PACKAGES, *packages)}
+        return {"model": checkpoint.fingerprint, **made_with(*packages)}
 
     def evaluation_inputs(self) -> dict[str, Any]:
         """Return what a measurement on the evaluation windows depends on, besides the model and the device."""
@@ -297,6 +308,11 @@ def show(report: dict[str, Any], *, as_json: bool) -> int:
 def stem(model: str) -> str:
     """Return what files made from ``model`` are called: its name without folders and suffix."""
     return Path(model.rstrip("/")).stem if model.lower().endswith(".gguf") else model.rstrip("/").rpartition("/")[2]
+
+
+def made_with(*packages: str) -> dict[str, Any]:
+    """Return what every stage depends on of what is installed; ``packages``: besides those of every stage."""
+    return {"versions": versions(*COMMON_PACKAGES, *packages)}
 
 
 def versions(*packages: str) -> dict[str, str]:

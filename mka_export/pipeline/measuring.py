@@ -100,7 +100,7 @@ class Measuring:
     def _measured(self, subject: Subject) -> Measured:
         job, lineage = self._job, subject.lineage
         inputs = {
-            **job.inputs(job.original, *RUNTIME_PACKAGES[subject.target.runtime]),
+            **job.inputs(job.original, *RUNTIME_PACKAGES[subject.target.runtime], "jinja2"),
             "artifact": dict(subject.files),
             "lineage": None if lineage is None else {name: each.fingerprint for name, each in lineage.items()},
             **job.evaluation_inputs(),
@@ -164,10 +164,11 @@ class Measuring:
 
         def opened() -> Runtime:
             made_from = [job.original, *(subject.lineage or {}).values()][-1]
-            unpacked = kept_pieces(final, {"artifact": dict(subject.files)}) / QUANTIZED
+            converter = load_converter(subject.target.converter)
+            inputs = {**job.inputs(made_from, *converter.PACKAGES), "artifact": dict(subject.files)}
+            unpacked = kept_pieces(final, inputs) / QUANTIZED
             if not unpacked.is_dir():
                 with publish_folder(unpacked) as making:
-                    converter = load_converter(subject.target.converter)
                     converter.unpack(subject.artifact.path, made_from, making, job.progress)
             return job.runtime(Checkpoint.open(unpacked))
 

@@ -6,10 +6,12 @@ import json
 import shutil
 import subprocess
 import sys
+from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import pytest
 from click.testing import CliRunner, Result
+from mka_onnx import PACKAGES
 
 from mka_export.cli import main
 from mka_export.target import target_names
@@ -101,6 +103,16 @@ def test_missing_packages_are_said_before_any_work(command, model, tmp_path):
     )
     assert "Traceback" not in done.stderr
     assert not (tmp_path / "out" / "merged").exists()
+
+
+def test_an_artifact_depends_on_all_of_onnx_that_the_builder_loads():
+    code = (
+        "import sys; import onnxruntime_genai.models.builder; print(*{name.partition('.')[0] for name in sys.modules})"
+    )
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    modules = [name for name in done.stdout.splitlines()[-1].split() if name.startswith("onnx")]
+    loaded = {package for name in modules for package in packages_distributions().get(name, [])}
+    assert {"onnx", "onnxruntime"} <= loaded <= {*PACKAGES}
 
 
 def test_targets_say_which_need_missing_packages(model):

@@ -95,6 +95,14 @@ def test_figures_stand_beside_their_charts(full: dict[str, Any]) -> None:
     assert "mka-export smollm2-135m --ratio 0.1" in text(section(full, "reproduce"))
 
 
+def test_the_bits_of_the_original_are_told_where_they_are_others(full: dict[str, Any]) -> None:
+    details = full["targets"][0]["artifact"]["details"]
+    details |= {"bits_per_weight": 6.1, "bits_per_weight_of_original": 5.987}
+    assert "6.10 (5.99 if no layers were merged)" in text(section(full, "sizes"))
+    details["bits_per_weight_of_original"] = 6.1  # none were merged
+    assert "if no layers" not in text(section(full, "sizes"))
+
+
 def test_a_subject_that_changed_is_marked_and_first(full: dict[str, Any]) -> None:
     mmlu = section(full, "mmlu")
     opened = [each for each in mmlu.iter("details") if each.get("open")]
