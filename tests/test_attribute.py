@@ -121,11 +121,3 @@ def test_the_disk_it_takes_is_forecast(done, wide, tmp_path):
     stages = json.loads(type_in(wide, *RUN, "--out", tmp_path / "out", "--dry-run").stdout)["stages"]
     assert stages["quantized/gguf-q4"]["scratch"] > 2 * Outline.of_checkpoint(Checkpoint.open(wide)).parameters * 0.7
     assert "quantized/gguf-q4" not in [name for name in stages if stages[name]["kept"]]
-
-
-def test_where_nothing_is_rounded_it_is_said(pico_llama, tmp_path):
-    run = ["convert", pico_llama, "--to", "onnx-fp32", "--attribute", "--out", tmp_path / "out", *SMALL, "--json"]
-    (target,) = json.loads(type_in(*run).stdout)["targets"]
-    assert [step["name"] for step in target["steps"]] == ["original", "artifact"]
-    (warning,) = [each for each in target["warnings"] if "What rounding lost" in each]
-    assert "the weights of pico-llama-fp32 are not quantized" in warning

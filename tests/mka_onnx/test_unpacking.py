@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from math import prod
 from pathlib import Path
 
@@ -25,12 +24,9 @@ IDS = np.random.default_rng(2).integers(3, 640, (2, 60))
 WAYS = [
     ("pico_llama", "int4", {}),
     ("pico_llama", "int4", {"symmetric": True, "mixed": "head"}),
-    ("pico_llama", "int4", {"mixed": "none", "algorithm": "rtn"}),
-    ("pico_llama", "int8", {}),
-    ("pico_qwen2", "int4", {}),
+    ("pico_llama", "int4", {"mixed": "none"}),
     ("pico_qwen2", "int8", {}),
     ("untied", "int4", {}),
-    ("untied", "int4", {"mixed": "none"}),
 ]
 
 
@@ -93,29 +89,3 @@ def test_a_folder_of_another_model_is_one_line(pico_llama, convert_to, tmp_path)
     (tmp_path / "out").mkdir()
     with pytest.raises(CheckpointError, match=r"does not hold model.layers.0.mlp.gate_proj.weight"):
         unpack(convert_to(pico_llama, "int4").path, Checkpoint.open(other), tmp_path / "out", Progress(quiet=True))
-
-
-def test_the_job_tells_rounding_from_the_runtime(pico_llama, tmp_path):
-    from click.testing import CliRunner
-
-    from mka_export.cli import main
-
-    out = tmp_path / "out"
-    run = [pico_llama, "--ratio", "0.2", "--protect", "1", "--to", "onnx-int4", "--attribute", "--out", out, "--json"]
-    small = ["--windows", "4", "--window-tokens", "64", "--calibration-tokens", "512", "--device", "cpu", "--quiet"]
-    result = CliRunner().invoke(main, [str(each) for each in (*run, *small)])
-    assert result.exit_code in (0, 3, 4), result.output
-    (entry,) = json.loads(result.stdout)["targets"]
-    assert [step["name"] for step in entry["steps"]] == ["original", "merged", "quantized", "artifact"]
-    assert entry["steps"][2]["runtime"] == "torch"
-    with (
-        np.load(out / "quantized" / "onnx-int4" / "scores.npz") as rounded,
-        np.load(out / "parity" / "onnx-int4" / "scores.npz") as scores,
-    ):
-        quantized = rounded["nll/quantized"].astype(float)
-        rounding, runtime = quantized - scores["nll/merged"], scores["nll/artifact"] - quantized
-    # ONNX Runtime computes what is in the folder, but for activations, which it rounds to 8 bits.
-    assert 0 < 3 * np.abs(runtime).mean() < np.abs(rounding).mean()
-    details = entry["artifact"]["details"]
-    assert details["bits_per_weight"] != details["bits_per_weight_of_original"]  # other layers have 8 bits
-    assert not list(out.rglob(".*.pieces"))
