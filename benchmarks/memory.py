@@ -188,13 +188,12 @@ def main(
             make_model(model, config)
         size = sum(file.stat().st_size for file in model.glob("*.safetensors"))
         out = folder / f"{model.name}-{budget}"
-        command = [*COMMAND, str(model), "--out", str(out)]
-        command += ["--ratio", str(ratio), "--to", to, "--method", method, "--device", "cpu", "--window-tokens", "64"]
-        command += ["--calibration-tokens", str(budget), "--windows", "2"]
-        command += ["--schedule", schedule] if schedule != ITERATIVE else []
+        options = ["--ratio", str(ratio), "--to", to, "--method", method, "--device", "cpu", "--window-tokens", "64"]
+        options += ["--calibration-tokens", str(budget), "--windows", "2"]
+        options += ["--schedule", schedule] if schedule != ITERATIVE else []
         print(f"{count} layers, hidden {hidden}, MLP {mlp}, vocabulary {vocab}, {size / 1e9:.1f} GB of bfloat16;")
-        print(f"{shlex.join(command[6:])}\n", flush=True)
-        watched = watch(command)
+        print(f"{shlex.join(options)}\n", flush=True)
+        watched = watch([*COMMAND, str(model), "--out", str(out), *options])
         peaks.append((count, budget, watched.peak))
         (target,) = json.loads((out / "report.json").read_text())["targets"]
         if target["artifact"] is None or target["comparisons"] is None:

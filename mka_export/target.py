@@ -89,6 +89,11 @@ class Target:
     budget: Budget | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
 
+    @property
+    def packages(self) -> tuple[str, ...]:
+        """Whose versions an artifact depends on, besides those of every stage: the converter's ``PACKAGES``."""
+        return load_converter(self.converter).PACKAGES
+
     def require_family(self, family: str) -> None:
         """Check that the target is for models of a family.
 
@@ -169,11 +174,12 @@ class Converter(Protocol):
     def unpacked_bytes(self, model: Outline, target: Target) -> int:
         """Return the most bytes that ``unpack`` writes for an artifact of ``model``."""
 
-    def unpack(self, artifact: Path, checkpoint: Checkpoint, out: Path, progress: Progress) -> None:
+    def unpack(self, artifact: Path, target: Target, checkpoint: Checkpoint, out: Path, progress: Progress) -> None:
         """Write the weights of an artifact as a checkpoint into the existing empty folder ``out``.
 
         Args:
             artifact: its path.
+            target: what it was made for.
             checkpoint: what it was made from.
 
         Raises:

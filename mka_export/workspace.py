@@ -68,7 +68,7 @@ class Workspace:
     progress: Progress
     stages: list[Stage] = field(default_factory=list)
     _lock: Any = None
-    _made: dict[str, str] = field(default_factory=dict)  # kind and inputs -> the stage of this run that has them
+    _made: dict[str, Stage] = field(default_factory=dict)  # kind and inputs -> the stage of this run that has them
 
     def __enter__(self) -> Workspace:
         check_ours(self.path)
@@ -114,9 +114,9 @@ class Workspace:
             if final.exists():
                 self.progress.say(f"{name}: made again, because {why}")
             twin = self._made.get(same)
-            if twin is not None and (there := self.kept(twin, inputs)):
-                self.progress.say(f"{name}: the same as {twin}, copied")
-                make = partial(_copy, there)
+            if twin in self.stages:  # it was not replaced since
+                self.progress.say(f"{name}: the same as {twin.name}, copied")
+                make = partial(_copy, twin)
             start = time.monotonic()
             pieces = kept_pieces(final, inputs)
             with publish_folder(final) as folder:
@@ -137,7 +137,7 @@ class Workspace:
             self.progress.say(f"{name}: there already, kept")
             shutil.rmtree(pieces_folder(final), ignore_errors=True)  # the run that published it was killed
         if kind is not None:
-            self._made[same] = name
+            self._made[same] = stage
         self.stages = [*(other for other in self.stages if other.name != name), stage]
         return stage
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 
 from click.testing import CliRunner, Result
@@ -34,6 +36,18 @@ def pico_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def pico_qwen2(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_pico(tmp_path_factory.mktemp("pico") / "pico-qwen2", "qwen2")
+
+
+@pytest.fixture
+def update(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+    """``update(package)``: have another version of it installed."""
+
+    def run(package: str) -> None:
+        monkeypatch.setattr(
+            "mka_export.pipeline.job.version", lambda name: "99.9" if name == package else version(name)
+        )
+
+    return run
 
 
 def _real(name: str) -> Path:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 import math
 from pathlib import Path
@@ -16,7 +15,6 @@ from pico import make_pico
 from mka_export.cli import main
 from mka_export.models.checkpoint import Checkpoint
 from mka_export.models.outline import Outline
-from mka_export.pipeline import job
 from mka_export.target import load_converter, load_target
 
 SMALL = ["--windows", "6", "--window-tokens", "64", "--calibration-tokens", "1024", "--device", "cpu", "--quiet"]
@@ -89,7 +87,7 @@ def test_without_it_nothing_is_measured_again(done, wide):
     assert [step["name"] for step in result["targets"][0]["steps"]] == ["original", "merged", "artifact"]
 
 
-def test_the_weights_are_asked_too_and_nothing_is_measured_again(done, wide, tmp_path, monkeypatch):
+def test_the_weights_are_asked_too_and_nothing_is_measured_again(done, wide, tmp_path, update):
     out, report = done
     questions = ["--mmlu", write_mmlu(tmp_path / "mmlu"), "--mmlu-questions", "9", "--mmlu-shots", "1"]
     found = json.loads(type_in(wide, *RUN, *questions, "--out", out).stdout)
@@ -111,7 +109,7 @@ def test_the_weights_are_asked_too_and_nothing_is_measured_again(done, wide, tmp
     assert again["targets"] == found["targets"]
     assert type_in("verify", out, "--quiet").exit_code == 0
     # What reads the weights back has another version: the artifact comes out the same, and is not measured again.
-    monkeypatch.setattr(job, "version", lambda name: "99.9" if name == "gguf" else importlib.metadata.version(name))
+    update("gguf")
     anew = json.loads(type_in(wide, *RUN, *questions, "--out", out).stdout)
     made = {stage["name"] for stage in anew["stages"] if not stage["reused"]}
     assert made == {"gguf-q4", "quantized/gguf-q4", "mmlu/quantized/gguf-q4"}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 import os
 import shutil
@@ -22,7 +21,7 @@ from mka_export.models.checkpoint import Checkpoint
 from mka_export.models.outline import Outline
 from mka_export.needs import GB, Need, disk_peak, free_bytes, require_room
 from mka_export.parity.runtimes import RUNTIMES
-from mka_export.pipeline import forecast, job
+from mka_export.pipeline import forecast
 from mka_export.target import Limits, Target, load_converter
 
 SMALL = ["--windows", "4", "--window-tokens", "64", "--calibration-tokens", "2048", "--device", "cpu", "--quiet"]
@@ -121,7 +120,7 @@ def test_looking_ahead_makes_and_fetches_nothing(command, tmp_path, monkeypatch)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_what_was_made_with_other_settings_is_to_be_made_again(wide, tmp_path, monkeypatch):
+def test_what_was_made_with_other_settings_is_to_be_made_again(wide, tmp_path, update):
     asked = [wide, "--protect", "1", "--to", "gguf-q8", "--out", tmp_path / "out", *SMALL, *LOOSE]
     assert type_in(*asked, "--ratio", "0.4").exit_code in (0, 4)
 
@@ -133,7 +132,7 @@ def test_what_was_made_with_other_settings_is_to_be_made_again(wide, tmp_path, m
     assert left("--ratio", "0.2") == {"merged", "gguf-q8", "parity/gguf-q8"}
     assert left("--ratio", "0.4", "--max-fallback", "0.9") == {"gguf-q8", "parity/gguf-q8"}
     assert left("--ratio", "0.4", "--to", "gguf-f16") == {"gguf-f16", "parity/gguf-f16"}
-    monkeypatch.setattr(job, "version", lambda name: "99.9" if name == "gguf" else importlib.metadata.version(name))
+    update("gguf")
     assert left("--ratio", "0.4") == {"gguf-q8", "parity/gguf-q8"}
 
 

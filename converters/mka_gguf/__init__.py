@@ -46,7 +46,7 @@ def unpacked_bytes(model: Outline, target: Target) -> int:
     return run(model, need(model, target).kept)
 
 
-def unpack(artifact: Path, checkpoint: Checkpoint, out: Path, progress: Progress) -> None:
+def unpack(artifact: Path, target: Target, checkpoint: Checkpoint, out: Path, progress: Progress) -> None:
     """Write the weights of a file as a checkpoint: see ``mka_export.models.gguf_source.gguf_to_checkpoint``."""
     from mka_export.models.gguf_source import gguf_to_checkpoint
 

@@ -46,11 +46,11 @@ def unpacked_bytes(model: Outline, target: Target) -> int:
     return run(model, target)
 
 
-def unpack(artifact: Path, checkpoint: Checkpoint, out: Path, progress: Progress) -> None:
+def unpack(artifact: Path, target: Target, checkpoint: Checkpoint, out: Path, progress: Progress) -> None:
     """Write the weights of a quantized folder as a checkpoint: see ``mka_onnx.unpacking.unpack``."""
     from mka_onnx.unpacking import unpack as run
 
-    run(artifact, checkpoint, out, progress)
+    run(artifact, target, checkpoint, out, progress)
 
 
 def convert(

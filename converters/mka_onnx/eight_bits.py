@@ -9,7 +9,7 @@ from onnx import GraphProto, numpy_helper
 
 from mka_export.models.checkpoint import Checkpoint
 from mka_onnx.building import unknown_builder
-from mka_onnx.nbits import MATMUL
+from mka_onnx.nbits import MATMUL, matrix_name
 from mka_onnx.nodes import sources
 
 MIDDLE, LARGEST = 128, 127  # the code of 0, and how far the others go from it
@@ -44,7 +44,7 @@ def round_anew(graph: GraphProto, checkpoint: Checkpoint, block: int) -> None:
         about = {attribute.name: attribute for attribute in node.attribute}
         if node.op_type != MATMUL or about["bits"].i != 8 or about["K"].i % block:
             continue
-        if (names := made_of.get(node.name.rpartition("_Q")[0])) is None:
+        if (names := made_of.get(matrix_name(node))) is None:
             raise unknown_builder(f"the builder's graph has an unknown matrix, {node.name}")
         weights = torch.cat([checkpoint.tensor(name).float() for name in names])
         about["block_size"].i = block

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from onnx import ModelProto, TensorProto, numpy_helper
+from onnx import ModelProto, NodeProto, TensorProto, numpy_helper
 from torch import Tensor
 
 from mka_export.models.onnx_file import read_graph
@@ -80,14 +80,13 @@ def _matrices(model: ModelProto, folder: Path) -> Iterator[NBits]:
         if node.op_type == MATMUL:
             about = {attribute.name: attribute.i for attribute in node.attribute}
             given = tuple(tensors[name] for name in node.input[1:4] if name)  # B, scales, zero points if any
-            yield NBits(
-                node.name.rpartition("_Q")[0],
-                about["bits"],
-                about["block_size"],
-                (about["N"], about["K"]),
-                given,
-                folder,
-            )
+            shape = about["N"], about["K"]
+            yield NBits(matrix_name(node), about["bits"], about["block_size"], shape, given, folder)
+
+
+def matrix_name(node: NodeProto) -> str:
+    """Return what a node was called before it was quantized, without ``_Q4`` or ``_Q8``."""
+    return str(node.name.rpartition("_Q")[0])
 
 
 def accuracy_level(graph: Path) -> int | None:

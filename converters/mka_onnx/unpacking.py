@@ -12,19 +12,22 @@ from mka_export.models.checkpoint import CONFIG, Checkpoint, CheckpointWriter, c
 from mka_export.models.onnx_file import read_graph, require_own_files
 from mka_export.needs import require_room
 from mka_export.progress import Progress
+from mka_export.target import Target
 from mka_onnx.embedding import own_rows
 from mka_onnx.nbits import quantized_matrices
 from mka_onnx.nodes import sources
+from mka_onnx.settings import read_settings
 from mka_onnx.size import FLOAT
 
 
-def unpack(folder: Path, checkpoint: Checkpoint, out: Path, progress: Progress) -> None:
+def unpack(folder: Path, target: Target, checkpoint: Checkpoint, out: Path, progress: Progress) -> None:
     """Write the checkpoint that a folder's codes and scales stand for, its matrices in float32.
 
     Vectors (norms and biases), which no precision rounds, are those of the checkpoint that the folder was made from.
 
     Args:
-        folder: with one quantized graph.
+        folder: with the graph of
+        target: what it was made for.
         checkpoint: what it was made from.
         out: an existing, empty folder.
 
@@ -33,12 +36,13 @@ def unpack(folder: Path, checkpoint: Checkpoint, out: Path, progress: Progress) 
         UnsupportedError: its weights are not quantized.
         MkaError: the disk has no room for the checkpoint.
     """
-    graph = next(iter(sorted((folder / "onnx").glob("*.onnx"))), folder / "onnx" / "model.onnx")
+    precision, _ = read_settings(target)
+    if not precision.quantized:
+        raise UnsupportedError(f"the weights of {folder.name} are not quantized")
+    graph = folder / precision.graph
     model = read_graph(graph)
     require_own_files(model, graph)
     matrices = quantized_matrices(model, graph.parent)
-    if not matrices:
-        raise UnsupportedError(f"the weights of {folder.name} are not quantized")
     require_room(
         out, FLOAT * checkpoint.parameters, f"unpacking {folder.name}", "Free space there, or use a larger disk."
     )

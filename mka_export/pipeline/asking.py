@@ -24,7 +24,7 @@ from mka_export.parity.mmlu.prompts import Prompt, Sheet, make_sheet
 from mka_export.parity.mmlu.questions import HUB, Subject, load_subjects, prompts_sha256, sample
 from mka_export.parity.runtimes import RUNTIME_PACKAGES, Runtime
 from mka_export.parity.tokenizer_check import first_difference, without_misread
-from mka_export.target import Target, load_converter
+from mka_export.target import Target
 from mka_export.workspace import Workspace, published, write_json
 
 if TYPE_CHECKING:
@@ -130,8 +130,7 @@ class Asking:
         if open_weights is not None:
             names.insert(len(steps), QUANTIZED)
             weights = {"artifact": dict(files), "device": self._job.device.device}
-            packages = load_converter(target.converter).PACKAGES
-            self._stage(_stage(QUANTIZED, target.name), weights, open_weights, *packages)
+            self._stage(_stage(QUANTIZED, target.name), weights, open_weights, *target.packages)
 
         def checked() -> Runtime:
             runtime = open_artifact()

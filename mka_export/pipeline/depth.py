@@ -215,10 +215,9 @@ class AutoRatio:
         """Return name and inputs of the stage that says that artifacts of the depth break the limit."""
         assert self.depth is not None
         job = self._job
-        made_by = (load_converter(target.converter).PACKAGES for target in self._targets)
-        run_by = (RUNTIME_PACKAGES[target.runtime] for target in self._targets)
+        packages = ((*target.packages, *RUNTIME_PACKAGES[target.runtime]) for target in self._targets)
         inputs = {
-            **job.inputs(job.original, *chain(*made_by, *run_by)),
+            **job.inputs(job.original, *chain(*packages)),
             "calibration": job.calibration.sha256,
             **job.evaluation_inputs(),
             "devices": dataclasses.asdict(job.device),

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 
 from mka_export.errors import ConversionError, UsageError
-from mka_export.heal.distill import Healing
 from mka_export.heal.stage import LOSSES, heal_need, heal_stage
 from mka_export.inputs import CALIBRATION_WINDOW, SELF
 from mka_export.merge.choose import Settings
@@ -35,7 +34,7 @@ from mka_export.pipeline.forecast import Forecast, left_to_do
 from mka_export.pipeline.job import CALIBRATION, DEPTH, NO_QUESTIONS, PARITY, SAMPLED, Job, made_with, show, stem
 from mka_export.pipeline.measured import FACTS, unmeasured
 from mka_export.pipeline.measuring import Measuring, Subject
-from mka_export.pipeline.requests import merge_settings
+from mka_export.pipeline.requests import heal_settings, merge_settings
 from mka_export.report import CARDS, write_cards, write_reports
 from mka_export.target import Artifact, Limits, Target, load_converter
 from mka_export.workspace import RECORD, Workspace, write_json
@@ -145,15 +144,14 @@ class Export(Job):
         if self.healing.heal != "none":
             count = max(1, self.healing.heal_tokens // CALIBRATION_WINDOW)
             stages[HEALED] = heal_need(model, shallow, count, CALIBRATION_WINDOW)
-            known[HEALED] = {**made_with(), "healing": dataclasses.asdict(self._healing)}
+            known[HEALED] = {**made_with(), "healing": dataclasses.asdict(heal_settings(self.healing))}
         if self.planned is not None and not self.targets:
             stages[f"{PARITY}/{[*stages][-1]}"] = Need(memory=self._measuring_bytes(model, 0))
         for target in self.targets:
             needs = self._needs(target, model, shallow)
             if not searches:
                 target.require_budget(needs[target.name])
-                made_by = made_with(*load_converter(target.converter).PACKAGES)
-                known[target.name] = {**made_by, **self._target_inputs(target, layers)}
+                known[target.name] = {**made_with(*target.packages), **_target_inputs(self._named(target, layers))}
             stages |= needs
         if self.asking.wanted:
             largest = max(need.kept for need in stages.values()) if stages else 0
@@ -238,7 +236,7 @@ class Export(Job):
             self.windows(self.healing.heal_tokens),
             self._merge_report["layers"],
         )
-        healing = self._healing
+        healing = heal_settings(self.healing)
         inputs = {
             **self.inputs(merged),
             "original": self.original.fingerprint,
@@ -312,15 +310,13 @@ class Export(Job):
         return show(report, as_json=self.output.json)
 
     def _target(self, checkpoint: Checkpoint, target: Target) -> dict[str, Any]:
-        target = dataclasses.replace(
-            target, options=self._target_inputs(target, checkpoint.num_layers)["target"]["options"]
-        )
+        target = self._named(target, checkpoint.num_layers)
         activations = self._activations(checkpoint) if target.activations else None
         calibration = torch.from_numpy(self.calibration.ids) if target.calibration else None
         converter = load_converter(target.converter)
         inputs = {
-            **self.inputs(checkpoint, *converter.PACKAGES),
-            **self._target_inputs(target, checkpoint.num_layers),
+            **self.inputs(checkpoint, *target.packages),
+            **_target_inputs(target),
             "activations": activations and [activations.calibration, activations.tokens],
             "calibration": self.calibration.sha256 if target.calibration else None,
         }
@@ -355,16 +351,10 @@ class Export(Job):
             entry["budget"] = {**dataclasses.asdict(target.budget), "taken": taken}
         return entry
 
-    @property
-    def _healing(self) -> Healing:
-        options = self.healing
-        return Healing(options.heal_steps, options.heal_batch, options.heal_rate, options.heal_train)
-
-    def _target_inputs(self, target: Target, layers: int) -> dict[str, Any]:
-        """Return what of a target an artifact with so many layers depends on; its file is called after both."""
+    def _named(self, target: Target, layers: int) -> Target:
+        """Return a target whose file is called after the model, and after its layers where some were merged."""
         name = stem(self.source.name) + (f"-{layers}L" if self.planned is not None else "")
-        options = {"file_stem": name, **target.options}
-        return {"target": {"converter": target.converter, "precision": target.precision, "options": options}}
+        return dataclasses.replace(target, options={"file_stem": name, **target.options})
 
     def _activations(self, checkpoint: Checkpoint) -> Activations:
         if checkpoint is not self.original:
@@ -385,3 +375,9 @@ class Export(Job):
 def _merge_inputs(settings: Settings | Plan) -> dict[str, Any]:
     """Return what of its settings a merge depends on."""
     return {"merge": settings.to_dict() if isinstance(settings, Plan) else dataclasses.asdict(settings)}
+
+
+def _target_inputs(target: Target) -> dict[str, Any]:
+    """Return what of a target an artifact depends on."""
+    options = dict(target.options)
+    return {"target": {"converter": target.converter, "precision": target.precision, "options": options}}

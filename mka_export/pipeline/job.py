@@ -39,15 +39,8 @@ from mka_export.workspace import Stage, Workspace, check_ours
 SAMPLED, CALIBRATION, DEPTH, PARITY = "sampled", "calibration", "depth", "parity"  # stages, besides the checkpoints'
 EVAL = "eval"  # a folder of them
 SAMPLED_IDS, SAMPLED_TEXT = "ids.npy", "text.txt"
-COMMON_PACKAGES = (
-    "mka-export",
-    "torch",
-    "transformers",
-    "tokenizers",
-    "numpy",
-    "scipy",
-    "scikit-learn",
-)  # every stage's
+# Whose versions every stage depends on.
+COMMON_PACKAGES = ("mka-export", "torch", "transformers", "tokenizers", "numpy", "scipy", "scikit-learn")
 PACKAGES = (
     *(*COMMON_PACKAGES, "gguf", "llama-cpp-python", "jinja2"),
     *("onnx", "onnx-ir", "onnxscript", "onnxruntime", "onnxruntime-genai"),

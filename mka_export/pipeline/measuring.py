@@ -164,12 +164,12 @@ class Measuring:
 
         def opened() -> Runtime:
             made_from = [job.original, *(subject.lineage or {}).values()][-1]
-            converter = load_converter(subject.target.converter)
-            inputs = {**job.inputs(made_from, *converter.PACKAGES), "artifact": dict(subject.files)}
+            inputs = {**job.inputs(made_from, *subject.target.packages), "artifact": dict(subject.files)}
             unpacked = kept_pieces(final, inputs) / QUANTIZED
             if not unpacked.is_dir():
                 with publish_folder(unpacked) as making:
-                    converter.unpack(subject.artifact.path, made_from, making, job.progress)
+                    converter = load_converter(subject.target.converter)
+                    converter.unpack(subject.artifact.path, subject.target, made_from, making, job.progress)
             return job.runtime(Checkpoint.open(unpacked))
 
         try:
@@ -181,7 +181,7 @@ class Measuring:
         """Measure the artifact's own weights in torch: step ``quantized``."""
         job = self._job
         inputs = {
-            **job.inputs(job.original, *load_converter(subject.target.converter).PACKAGES),
+            **job.inputs(job.original, *subject.target.packages),
             "artifact": dict(subject.files),
             **job.evaluation_inputs(),
             "device": job.device.device,

@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Sequence
 
 from mka_export.errors import UsageError, unknown_name
+from mka_export.heal.distill import Healing
 from mka_export.merge.choose import Settings
 from mka_export.merge.measures import DEFAULT, MEASURES
 from mka_export.merge.methods import METHODS
@@ -62,6 +63,11 @@ def merge_settings(options: MergeOptions, layers: int) -> Settings:
         assert options.ratio is not None
         remove = layers_to_remove(float(options.ratio), layers, protect)
     return Settings(remove, options.method, options.measure, options.schedule, protect, options.alpha)
+
+
+def heal_settings(options: HealOptions) -> Healing:
+    """Return how a merged model is trained."""
+    return Healing(options.heal_steps, options.heal_batch, options.heal_rate, options.heal_train)
 
 
 def check_limit(merge: MergeOptions, heal: HealOptions, targets: Sequence[Target], texts: TextOptions) -> None:

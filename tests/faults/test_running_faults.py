@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 import os
 import resource
@@ -20,7 +19,6 @@ from fault_tools import DONE, LOOSE, MERGE, SMALL, type_in, visible
 from safetensors.torch import load_file, save_file
 
 from mka_export.models.tokenizer import load_tokenizer
-from mka_export.pipeline import job
 from mka_export.pipeline.forecast import Forecast
 from mka_export.report import REPORT_FILES
 
@@ -180,11 +178,12 @@ def test_survived_changed_settings(model, published, tmp_path):
         ("llama-cpp-python", {"gguf-q8", "parity/gguf-q8"}),
         ("onnxruntime-genai", set()),
     ],
+    ids=["torch", "gguf", "llama.cpp", "onnxruntime-genai"],
 )
-def test_survived_another_version(package, again, pico_llama, published, tmp_path, monkeypatch):
+def test_survived_another_version(package, again, pico_llama, published, tmp_path, update):
     """a package has been installed or updated since a stage was made: only what depends on it is made again"""
     out = Path(shutil.copytree(published, tmp_path / "out"))
-    monkeypatch.setattr(job, "version", lambda name: "99.9" if name == package else importlib.metadata.version(name))
+    update(package)
     result = type_in(pico_llama, *RUN, "--out", out)
     assert result.exit_code in DONE, result.stderr
     said = [line.split(": made again, because these changed: versions") for line in result.stderr.splitlines()]

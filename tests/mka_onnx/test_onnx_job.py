@@ -51,26 +51,27 @@ def done(pico_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Pa
         'description = "a phone"\nconverter = "onnx"\nprecision = "fp32"\nruntime = "onnxruntime"\n'
         '[budget]\nmemory = "1 GB"\ncontext = 100\n'
     )
-    merge = ["--ratio", "0.2", "--protect", "1", "--to", "gguf-f16", "--to", phone, "--to", "onnx-int4", "--attribute"]
+    merge = ["--ratio", "0.2", "--protect", "1", "--to", "gguf-f16", "--to", phone]
+    merge += ["--to", "onnx-int8", "--to", "onnx-int4", "--attribute"]
     result = type_in(pico_llama, *merge, "--out", out, *SMALL, *LOOSE)
     assert result.exit_code in (0, 4), result.output
     return out, result.stdout, json.loads((out / "report.json").read_text())["targets"]
 
 
 def test_both_formats_come_from_one_merge_and_are_measured_in_their_runtimes(done):
-    out, _, (gguf, fp32, int4) = done
-    assert [t["runtime"]["name"] for t in (gguf, fp32, int4)] == ["llama.cpp", "onnxruntime", "onnxruntime"]
+    out, _, (gguf, fp32, int8, _) = done
+    assert [t["runtime"]["name"] for t in (gguf, fp32, int8)] == ["llama.cpp", "onnxruntime", "onnxruntime"]
     assert set(fp32["runtime"]["versions"]) == {"onnxruntime"}
     assert fp32["comparisons"]["conversion"]["kl"]["mean"] < 1e-6
-    assert fp32["comparisons"]["conversion"]["kl"]["mean"] < int4["comparisons"]["conversion"]["kl"]["mean"] < 0.1
+    assert fp32["comparisons"]["conversion"]["kl"]["mean"] < int8["comparisons"]["conversion"]["kl"]["mean"] < 0.01
     assert fp32["tokenizer"]["identical"]
     assert all(sample["artifact"] for sample in fp32["samples"])
-    assert (out / "onnx-int4" / "pico-llama-5L-int4" / "onnx" / "model_q4.onnx").is_file()
+    assert (out / "onnx-int8" / "pico-llama-5L-int8" / "onnx" / "model_quantized.onnx").is_file()
     assert type_in("verify", out, "--quiet").exit_code == 0
 
 
 def test_what_an_artifact_takes_of_a_device_is_reported(done, pico_llama):
-    _, printed, (_, fp32, _) = done
+    _, printed, (_, fp32, *_) = done
     config = json.loads((pico_llama / "config.json").read_text())
     cache = 2 * 5 * config["num_key_value_heads"] * config["head_dim"] * 4  # keys and values of five layers, float32
     taken = fp32["artifact"]["nbytes"] + 100 * cache
@@ -79,7 +80,7 @@ def test_what_an_artifact_takes_of_a_device_is_reported(done, pico_llama):
 
 
 def test_what_rounding_lost_is_told_from_what_the_runtime_does(done):
-    out, _, (_, fp32, int4) = done
+    out, _, (_, fp32, _, int4) = done
     assert [step["name"] for step in int4["steps"]] == ["original", "merged", "quantized", "artifact"]
     assert int4["steps"][2]["runtime"] == "torch"
     with (
