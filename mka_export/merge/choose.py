@@ -17,6 +17,7 @@ from torch.nn import functional
 
 from mka_export.errors import UsageError
 from mka_export.merge.measures import MEASURES
+from mka_export.merge.steps import Choice
 from mka_export.merge.trajectory import Trajectory
 from mka_export.merge.views import Views
 
@@ -50,23 +51,6 @@ class Settings:
     def weight(self, similarity: float) -> float:
         """Return the weight of the lower layer in an average of two that are so similar."""
         return similarity if self.alpha is None else self.alpha
-
-
-@dataclass(frozen=True)
-class Choice:
-    """One merge to do.
-
-    Attributes:
-        position: of the lowest layer, in the model under merge.
-        last: of the highest.
-        similarity: what spoke for it, by the method's own measure; None where nothing was measured.
-        alpha: the lower layer's weight in an average.
-    """
-
-    position: int
-    last: int
-    similarity: float | None = None
-    alpha: float = 1.0
 
 
 def similar_pairs(settings: Settings, views: Views) -> Iterator[Choice]:

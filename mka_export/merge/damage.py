@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, replace
 from functools import cached_property
 from itertools import chain
 from pathlib import Path
@@ -13,9 +13,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from mka_export.data import load_json, value_of
-from mka_export.merge.choose import Choice, Settings, allowed_pairs, enough_pairs, similar_pairs
+from mka_export.merge.choose import Settings, allowed_pairs, enough_pairs, similar_pairs
 from mka_export.merge.fuse import Fuse, Fused
-from mka_export.merge.steps import Step, merge_spans, step_from
+from mka_export.merge.steps import Choice, Step, merge_spans, step_from
 from mka_export.merge.trajectory import Trajectory
 from mka_export.merge.views import Views
 from mka_export.models.checkpoint import save_tensors
@@ -26,16 +26,17 @@ WORST = 1e9  # damage of a merge that makes NaN or infinity
 
 
 def least_damage(fuse: Fuse, settings: Settings, views: Views) -> Iterator[Choice]:
-    """Yield, bottom up, those of the most similar neighbours whose merges turn the model least away from the original.
+    """Yield, bottom up, the layers whose merges turn the model least away from the original.
 
-    A similarity guides and does not decide: of the ``SCREENED`` most similar pairs each is fused on trial, fitted to a
-    few windows, and the model with it run over what others begin with, said twice. Its damage is by how much the
-    divergence of the predictions there from the original's, KL(original ‖ model), grows. The least is merged, on these
-    windows only, and all is measured again; what was measured of a pair before counts as long as neither layer changes.
-    On the one-shot schedule the similarity decides alone.
+    A similarity guides and does not decide: of the ``SCREENED`` most similar pairs of neighbours each is fused on trial,
+    once with the attention of the lower and once with that of the upper, fitted to a few windows, and the model with it
+    run over what others begin with, said twice. Its damage is by how much the divergence of the predictions there from
+    the original's, KL(original ‖ model), grows. The least is merged, on these windows only, and all is measured again;
+    what was measured of a pair before counts as long as neither layer changes. On the one-shot schedule the similarity
+    decides alone, and the lowest layer keeps its attention.
 
-    When all are chosen, they are yielded from the lowest to the highest, so that every fit to all windows sees the
-    stream that the merges below it leave, and no layer is run over all of them twice.
+    When all are chosen, each layer that is to be made of several is yielded once, from the lowest to the highest, so that
+    every fit to all windows sees the stream that the merges below it leave, and no layer is run over all of them twice.
 
     Args:
         fuse: how layers become one.
@@ -43,12 +44,21 @@ def least_damage(fuse: Fuse, settings: Settings, views: Views) -> Iterator[Choic
     Raises:
         UsageError: there are not as many pairs as are to be merged.
     """
-    if settings.schedule != "iterative":
-        yield from similar_pairs(settings, views)
-        return
-    enough_pairs(settings, views.probe)
-    chosen = _chosen(fuse, settings, views)
+    if settings.schedule == "iterative":
+        enough_pairs(settings, views.probe)
+        chosen = _chosen(fuse, settings, views)
+    else:
+        chosen = [*_steps(similar_pairs(settings, views), len(views.probe.layers))]
     yield from _bottom_up(chosen, len(views.probe.layers))
+
+
+def _steps(pairs: Iterable[Choice], layers: int) -> Iterator[Step]:
+    """Yield the merges of pairs, one after another, by the original layers that take part."""
+    spans = [[i, i] for i in range(layers)]
+    for pair in pairs:
+        lower, upper = spans[pair.position], spans[pair.last]
+        yield Step(lower, upper, pair.similarity, pair.alpha, lower[0])
+        merge_spans(spans, pair)
 
 
 def _chosen(fuse: Fuse, settings: Settings, views: Views) -> list[Step]:
@@ -61,10 +71,10 @@ def _chosen(fuse: Fuse, settings: Settings, views: Views) -> list[Step]:
                 step, fused = _least_damaged(fuse, settings, views, predictions, notes, file)
                 notes.choose(step)
             step = notes.chosen[number]
-            position, last = step.places([layer.span for layer in probe.layers])
+            choice = step.choice([layer.span for layer in probe.layers])
             if step != fused:
-                save_tensors(fuse(views.trial, position, last, step.alpha)[0], file)
-            views.replace_on_trial(position, last, file)
+                save_tensors(fuse(views.trial, choice)[0], file)
+            views.replace_on_trial(choice, file)
         views.reset()
         for file in views.trial.folder.glob("chosen-*"):
             file.unlink()
@@ -74,44 +84,54 @@ def _chosen(fuse: Fuse, settings: Settings, views: Views) -> list[Step]:
 def _least_damaged(
     fuse: Fuse, settings: Settings, views: Views, predictions: _Predictions, notes: _Notes, file: Path
 ) -> tuple[Step, Step | None]:
-    """Return the pair, of the most similar ones, whose merge does least damage, and that whose layer is in ``file`` now."""
+    """Return the merge, of the most similar pairs, that does least damage, and that whose layer is in ``file`` now."""
     echo, similarities = views.echo, views.similarities.neighbours()
+    spans = [layer.span for layer in echo.layers]
     order = sorted(allowed_pairs(settings, views.probe), key=similarities.__getitem__, reverse=True)
-    steps = {place: _step(settings, views, place, similarities[place]) for place in order[:SCREENED]}
-    new = [place for place, step in steps.items() if not notes.knows(step)]
-    least = min((notes.damage(step) for step in steps.values() if notes.knows(step)), default=math.inf)
+    steps = [step for place in order[:SCREENED] for step in _ways(settings, views, place, similarities[place])]
+    new = [step for step in steps if not notes.knows(step)]
+    least = min((notes.damage(step) for step in steps if notes.knows(step)), default=math.inf)
     now, written = predictions.divergence(echo.outcome(len(echo.layers), ())) if new else 0.0, None
-    for place in new:
-        fused, _ = fuse(views.trial, place, place + 1, steps[place].alpha)
-        damage = predictions.divergence(_with(fused, echo, place)) - now
-        notes.measure(steps[place], damage)
+    for step in new:
+        choice = step.choice(spans)
+        fused, _ = fuse(views.trial, choice)
+        damage = predictions.divergence(_with(fused, echo, choice)) - now
+        notes.measure(step, damage)
         if damage < least:
-            least, written = damage, steps[place]
+            least, written = damage, step
             save_tensors(fused, file)
-    return min(steps.values(), key=notes.damage), written
+    return min(steps, key=notes.damage), written
 
 
-def _with(fused: Fused, echo: Trajectory, place: int) -> Tensor:
-    """Return the final states if ``fused`` stood for the layer at ``place`` and the next."""
-    return echo.outcome(place, chain([(echo.layers[place].first, lambda: fused)], echo.above(place + 1)))
+def _with(fused: Fused, echo: Trajectory, choice: Choice) -> Tensor:
+    """Return the final states if ``fused`` stood for the layers of ``choice``."""
+    merged = (echo.attention(choice), lambda: fused)
+    return echo.outcome(choice.position, chain([merged], echo.above(choice.last)))
 
 
-def _step(settings: Settings, views: Views, place: int, similarity: float) -> Step:
+def _ways(settings: Settings, views: Views, place: int, similarity: float) -> list[Step]:
+    """Return the merges of the layer at ``place`` with the next: with the attention of either."""
     lower, upper = views.probe.layers[place : place + 2]
-    return Step(lower.span, upper.span, similarity, settings.weight(similarity))
+    weight = settings.weight(similarity)
+    return [Step(lower.span, upper.span, similarity, weight, each.attention) for each in (lower, upper)]
 
 
 def _bottom_up(steps: Sequence[Step], layers: int) -> Iterator[Choice]:
-    """Yield the merges of each layer that is left, in their order, from the lowest layer to the highest."""
+    """Yield one merge for each layer that is to be made of several, from the lowest to the highest.
+
+    What spoke for it is what spoke for the least similar that it joins.
+    """
     spans = [[i, i] for i in range(layers)]
+    made: dict[int, Step] = {}  # lowest layer of a span -> the merge that made it last
     for step in steps:
-        merge_spans(spans, *step.places(spans))
-    first = {layer: span[0] for span in spans for layer in range(span[0], span[1] + 1)}
-    spans = [[i, i] for i in range(layers)]
-    for step in sorted(steps, key=lambda step: first[step.lower[0]]):
-        position, last = step.places(spans)
-        yield Choice(position, last, step.similarity, step.alpha)
-        merge_spans(spans, position, last)
+        merge_spans(spans, step.choice(spans))
+        joined = [step, *(made.pop(lowest) for lowest in (step.lower[0], step.upper[0]) if lowest in made)]
+        least = min(joined, key=lambda each: each.similarity or 0.0)
+        made[step.lower[0]] = replace(step, similarity=least.similarity, alpha=least.alpha)
+    for position, (first, last) in enumerate(spans):
+        if first in made:
+            merge = made[first]
+            yield Choice(position, position + last - first, merge.similarity, merge.alpha, merge.attention)
 
 
 class _Notes:
@@ -153,7 +173,7 @@ class _Notes:
 
 
 def _key(step: Step) -> str:
-    return f"{step.lower}+{step.upper}"
+    return f"{step.lower}+{step.upper}, attention of {step.attention}"
 
 
 class _Predictions:

@@ -9,41 +9,43 @@ from torch import Tensor
 
 from mka_export.errors import UnsupportedError
 from mka_export.merge.states import StatesFile
+from mka_export.merge.steps import Choice
 from mka_export.merge.trajectory import Trajectory
-from mka_export.models.runner import check_finite
+from mka_export.models.runner import LayerRunner, check_finite
 
 FIT_TOKENS = 512  # whose neurons are in memory at a time: 59 MB for the 28 672 of two layers of an 8B model
 ROWS = ("gate", "up")  # the roles that read the stream
 
 
-def attention_weights(trajectory: Trajectory, position: int) -> dict[str, Tensor]:
-    """Return the weights of a layer before its MLP and the norm of that.
+def attention_weights(runner: LayerRunner, index: int) -> dict[str, Tensor]:
+    """Return the weights of an original layer before its MLP and the norm of that.
 
     Raises:
         UnsupportedError: the MLP has biases, which the fits are not written for.
     """
-    checkpoint = trajectory.runner.checkpoint
+    checkpoint = runner.checkpoint
     norm = checkpoint.architecture.layer["mlp_norm"]
-    mlp, found = checkpoint.architecture.mlp + ".", checkpoint.layer_names(trajectory.layers[position].first)
+    mlp, found = checkpoint.architecture.mlp + ".", checkpoint.layer_names(index)
     names = [checkpoint.architecture.split(name)[1] for name in found]
     if any(name.startswith(mlp) and name.endswith(".bias") for name in names):
         raise UnsupportedError("neurons with biases cannot be fitted", "Use --method mka-paper.")
-    return trajectory.weights(position, *(name for name in names if name != norm and not name.startswith(mlp)))
+    return runner.weights(index, *(name for name in names if name != norm and not name.startswith(mlp)))
 
 
-def normed(trajectory: Trajectory, position: int, name: str) -> Tensor:
-    """Return a matrix that reads the stream of its layer's MLP, with the norm's weight multiplied in."""
-    norm = trajectory.runner.checkpoint.architecture.layer["mlp_norm"]
-    weights = trajectory.weights(position, name, norm)
+def normed(runner: LayerRunner, index: int, name: str) -> Tensor:
+    """Return a matrix that reads the stream of an original layer's MLP, with the norm's weight multiplied in."""
+    norm = runner.checkpoint.architecture.layer["mlp_norm"]
+    weights = runner.weights(index, name, norm)
     return weights[name].mul_(weights[norm])
 
 
 class FitTokens:
-    """What the MLP of the lowest layer of some reads, and what it should add, for every calibration token, on disk.
+    """What the MLP of a merged layer reads, and what it should add, for every calibration token, on disk.
+
+    What the original has after the highest layer that takes part is what the stream should be.
 
     Args:
-        position: the place of the lowest layer, whose attention the merged one has.
-        last: that of the highest: what the original has after it is what the stream should be.
+        choice: the merge.
         relative: every token counts relative to its own stream, since later layers normalise what they read. (Some
             tokens, the first above all, have one hundreds of times larger, and would decide the fit.)
 
@@ -53,7 +55,7 @@ class FitTokens:
         activation: of the MLP's gate.
     """
 
-    def __init__(self, trajectory: Trajectory, position: int, last: int, *, relative: bool) -> None:
+    def __init__(self, trajectory: Trajectory, choice: Choice, *, relative: bool) -> None:
         from transformers.activations import ACT2FN  # seconds, which bad input need not wait for
 
         runner, checkpoint = trajectory.runner, trajectory.runner.checkpoint
@@ -68,14 +70,15 @@ class FitTokens:
                 ("weights", 1),
             )
         )
-        weights = attention_weights(trajectory, position)
+        kind, after = trajectory.attention(choice), trajectory.layers[choice.last].last + 1
+        weights = attention_weights(runner, kind)
         # A norm's weight of 1 hands on the bare normalised stream.
         weights[checkpoint.architecture.layer["mlp_norm"]] = torch.ones(checkpoint.hidden_size, device=runner.device)
-        kind, first = trajectory.layers[position].first, 0
+        first = 0
         for batch in trajectory.batches():
-            stream, inputs = runner.before_mlp(kind, weights, trajectory.before(position, batch))
+            stream, inputs = runner.before_mlp(kind, weights, trajectory.before(choice.position, batch))
             check_finite(stream, f"layer {kind}, merged", trajectory.windows[batch])
-            original = trajectory.original(trajectory.layers[last].last + 1, batch)
+            original = trajectory.original(after, batch)
             size = original.square().mean(dim=-1, keepdim=True)
             weight = size.rsqrt() if relative else torch.ones_like(size)
             self._inputs.write(first, inputs.flatten(0, 1))
@@ -111,13 +114,9 @@ class FitTokens:
             first += len(activations)
         return file
 
-    def read_neurons(self, files: list[StatesFile], chosen: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield the activations in all of ``files``, side by side, and the targets of the tokens they are for."""
-        first = 0
-        for (targets,) in self._read(chosen, self._targets):
-            rows = slice(first, first + len(targets))
-            yield torch.cat([file.read(rows).to(self.device) for file in files], dim=1), targets
-            first = rows.stop
+    def targets(self, chosen: Tensor) -> Tensor:
+        """Return what the MLP should add for some tokens, times its weight: (len(chosen), hidden)."""
+        return torch.cat([targets for (targets,) in self._read(chosen, self._targets)])
 
     def blocks(self, chosen: Tensor | None = None) -> Iterator[list[Tensor]]:
         """Yield what the MLP reads (n, hidden), what it should add (n, hidden) and how much that counts (n, 1).

@@ -1,7 +1,6 @@
 """Some layers become one: the simple ways.
 
-Every way takes the places of neighbours in the model under merge, from ``position`` to ``last``, and returns the weights
-of the one layer that stands there afterwards, with the tensors and shapes of the family, and figures for the plan: the
+Every way takes neighbours in the model under merge, and returns the weights of the one layer that stands there afterwards, with the tensors and shapes of the family, and figures for the plan: the
 architecture does not change.
 """
 
@@ -16,11 +15,12 @@ from torch import Tensor
 from mka_export.errors import UnsupportedError
 from mka_export.merge.fit_tokens import FIT_TOKENS, ROWS, FitTokens, normed
 from mka_export.merge.ridge import ridge, ridge_values
+from mka_export.merge.steps import Choice
 from mka_export.merge.trajectory import Trajectory
 from mka_export.models.outline import Outline
 
 Fused = dict[str, Tensor]
-Fuse = Callable[[Trajectory, int, int, float], tuple[Fused, dict[str, float]]]
+Fuse = Callable[[Trajectory, Choice], tuple[Fused, dict[str, float]]]
 
 FLOAT = 4  # bytes
 MAP_RIDGE = 1e-4  # the paper's map has none; this much keeps float32 sound
@@ -31,30 +31,31 @@ def layers_bytes(model: Outline, tokens: int) -> int:
     return 3 * FLOAT * sum(map(math.prod, model.layer.values()))
 
 
-def keep(trajectory: Trajectory, position: int, last: int, alpha: float) -> tuple[Fused, dict[str, float]]:
+def keep(trajectory: Trajectory, choice: Choice) -> tuple[Fused, dict[str, float]]:
     """Keep the lowest layer as it is: the others are dropped."""
-    return trajectory.weights(position), {}
+    return trajectory.weights(choice.position), {}
 
 
-def average(trajectory: Trajectory, position: int, last: int, alpha: float) -> tuple[Fused, dict[str, float]]:
+def average(trajectory: Trajectory, choice: Choice) -> tuple[Fused, dict[str, float]]:
     """θ = α θ_l + (1 − α) θ_m for every tensor of two layers (arXiv 2406.16330, eq. 9).
 
     Raises:
         UnsupportedError: the two layers do not have the same tensors.
     """
-    lower = trajectory.weights(position)
-    upper = _like(lower, trajectory, position, last)
-    return {name: torch.lerp(upper[name], lower[name], alpha) for name in lower}, {}
+    lower = trajectory.weights(choice.position)
+    upper = _like(lower, trajectory, choice.position, choice.last)
+    return {name: torch.lerp(upper[name], lower[name], choice.alpha) for name in lower}, {}
 
 
-def collapse(trajectory: Trajectory, position: int, last: int, alpha: float) -> tuple[Fused, dict[str, float]]:
+def collapse(trajectory: Trajectory, choice: Choice) -> tuple[Fused, dict[str, float]]:
     """θ = θ_l + Σ_m (θ_m − θ_l) for every tensor of the layers (LaCo, arXiv 2402.11187).
 
     Raises:
         UnsupportedError: the layers do not have the same tensors.
     """
+    position = choice.position
     lower, total = trajectory.weights(position), trajectory.weights(position)
-    for place in range(position + 1, last + 1):
+    for place in range(position + 1, choice.last + 1):
         upper = _like(lower, trajectory, position, place)
         for name, tensor in total.items():
             tensor.add_(upper[name]).sub_(lower[name])
@@ -75,16 +76,16 @@ def map_bytes(model: Outline, tokens: int) -> int:
     return FLOAT * (3 * hidden * width + 3 * FIT_TOKENS * width + ridge_values(tokens, hidden, hidden))
 
 
-def linear_map(trajectory: Trajectory, position: int, last: int, alpha: float) -> tuple[Fused, dict[str, float]]:
+def linear_map(trajectory: Trajectory, choice: Choice) -> tuple[Fused, dict[str, float]]:
     """Keep the lowest layer, its MLP's output mapped to what the dropped ones would have made of it (arXiv 2505.02819).
 
     The map T minimises ‖M T + R − Y‖²: M the MLP's output, R the stream that it is added to, Y the original's stream
     after the last layer. It is folded into ``down_proj``.
     """
     roles = trajectory.runner.checkpoint.architecture.layer
-    tokens = FitTokens(trajectory, position, last, relative=False)
-    gate, up = (normed(trajectory, position, roles[role]) for role in ROWS)
-    fused = trajectory.weights(position)
+    tokens = FitTokens(trajectory, choice, relative=False)
+    gate, up = (normed(trajectory.runner, trajectory.layers[choice.position].first, roles[role]) for role in ROWS)
+    fused = trajectory.weights(choice.position)
     down = fused[roles["down"]]
     fit = ridge(
         lambda: ((neurons @ down.T, targets) for neurons, targets in tokens.neurons(gate, up)),

@@ -7,11 +7,11 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from mka_export.merge.choose import Choice, Settings
+from mka_export.merge.choose import Settings
 from mka_export.merge.finished import Finished
 from mka_export.merge.methods import METHODS
 from mka_export.merge.plan import Plan
-from mka_export.merge.steps import Step
+from mka_export.merge.steps import Choice, Step
 from mka_export.merge.trajectory import Trajectory
 from mka_export.merge.views import Views
 from mka_export.models.checkpoint import CONFIG, Checkpoint, CheckpointWriter, copy_tokenizer
@@ -35,9 +35,9 @@ def merge(views: Views, settings: Settings | Plan, finished: Finished, progress:
     with progress.task(f"removing {settings.remove} layers ({settings.method})", settings.remove) as task:
 
         def follow(step: Step) -> None:
-            position, last = step.places([layer.span for layer in trajectory.layers])
-            views.replace(position, last, finished.weights)
-            task.advance(last - position)
+            choice = step.choice([layer.span for layer in trajectory.layers])
+            views.replace(choice, finished.weights)
+            task.advance(choice.last - choice.position)
 
         if method.stepwise(settings.schedule):
             for step in finished.resume(settings.remove):
@@ -48,17 +48,17 @@ def merge(views: Views, settings: Settings | Plan, finished: Finished, progress:
         else:
             choices = method.choose(replace(settings, remove=settings.remove - done), views)
         for choice in choices:
-            position, last = choice.position, choice.last
-            lower = trajectory.layers[position].span
-            upper = [trajectory.layers[position + 1].first, trajectory.layers[last].last]
-            step = Step(lower, upper, choice.similarity, choice.alpha)
-            follow(finished.add(step, partial(method.fuse, trajectory, position, last, choice.alpha)))
+            lowest, next_one, highest = (
+                trajectory.layers[place] for place in (choice.position, choice.position + 1, choice.last)
+            )
+            upper, attention = [next_one.first, highest.last], trajectory.attention(choice)
+            step = Step(lowest.span, upper, choice.similarity, choice.alpha, attention)
+            follow(finished.add(step, partial(method.fuse, trajectory, choice)))
 
 
 def _replay(steps: Sequence[Step], trajectory: Trajectory) -> Iterator[Choice]:
     for step in steps:
-        position, last = step.places([layer.span for layer in trajectory.layers])
-        yield Choice(position, last, step.similarity, step.alpha)
+        yield step.choice([layer.span for layer in trajectory.layers])
 
 
 def write_checkpoint(trajectory: Trajectory, out: Path) -> None:
@@ -70,11 +70,11 @@ def write_checkpoint(trajectory: Trajectory, out: Path) -> None:
             if architecture.split(name)[0] is None:
                 writer.add(name, checkpoint.tensor(name))
         for position, layer in enumerate(trajectory.layers):
-            stored = checkpoint.layer(layer.first)
+            stored = checkpoint.layer(layer.attention)
             weights = stored if layer.file is None else trajectory.weights(position)
             for name, tensor in stored.items():
                 writer.add(architecture.layer_name(position, name), weights[name].to("cpu", tensor.dtype))
-    kept = [layer.first for layer in trajectory.layers]
+    kept = [layer.attention for layer in trajectory.layers]
     write_json(out / CONFIG, architecture.config_for_layers(checkpoint.config, kept))
     copy_tokenizer(checkpoint.path, out)
     _write_card(checkpoint.path / "README.md", out / "README.md", f"{len(kept)} of {checkpoint.num_layers} layers")

@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from functools import partial
 
 from mka_export.merge import choose, fuse
-from mka_export.merge.choose import Choice, Settings
+from mka_export.merge.choose import Settings
 from mka_export.merge.compete import ROUNDS, compete, competition_bytes
 from mka_export.merge.damage import least_damage
 from mka_export.merge.fuse import Fuse
+from mka_export.merge.steps import Choice
 from mka_export.merge.views import Views
 from mka_export.models.outline import Outline
 

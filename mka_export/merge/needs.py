@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+from mka_export.merge.compete import SELECTION_TOKENS
 from mka_export.merge.fuse import FLOAT
 from mka_export.merge.methods import METHODS
 from mka_export.merge.views import ECHO, TRIAL_WINDOWS, probe_windows
@@ -32,7 +33,8 @@ def merge_need(model: Outline, remove: int, method: str, tokens: int, window: in
     states = (
         (model.num_layers + 1) * (2 * tokens + (few + min(few, probe)) * window + 4 * ECHO * probe) * hidden * FLOAT
     )
-    fit = (tokens * (2 * hidden + 1 + 2 * width) + 2 * width * hidden) * FLOAT
+    competing = (remove + 1) * min(tokens, SELECTION_TOKENS)
+    fit = (tokens * (2 * hidden + 1) + max(2 * tokens, competing) * width + 2 * width * hidden) * FLOAT
     largest = model.itemsize * max(map(math.prod, model.shapes.values()))
     return Need(
         kept=model.with_layers(model.num_layers - remove).nbytes,

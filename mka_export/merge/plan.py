@@ -58,10 +58,10 @@ class Plan:
         spans = [[i, i] for i in range(self.model["layers"])]
         for number, step in enumerate(self.steps, 1):
             try:
-                position, last = step.places(spans)
+                choice = step.choice(spans)
             except ValueError as error:
                 raise ValueError(f"step {number} merges {error}") from error
-            merge_spans(spans, position, last)
+            merge_spans(spans, choice)
         return spans
 
 

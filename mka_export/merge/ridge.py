@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,6 +15,19 @@ FLOOR = 1e-6  # of the features' mean square, added to each one's: one that is a
 Blocks = Callable[[], Iterator[tuple[Tensor, Tensor]]]  # of A (n, features) and Y (n, outputs), float32
 
 _COLUMNS = 2048  # of a Gram matrix that are made at a time: only what lies below its diagonal is needed
+
+
+@dataclass(frozen=True)
+class Part:
+    """Some of the features of a regression.
+
+    Attributes:
+        features: returns A's columns: (rows, features) float32, which are overwritten.
+        prior: returns the known weights of these: (outputs, features).
+    """
+
+    features: Callable[[], Tensor]
+    prior: Callable[[], Tensor]
 
 
 @dataclass(frozen=True)
@@ -95,27 +108,49 @@ def _in_features(blocks: Blocks, rows: int, prior: Tensor, strength: float) -> F
 
 
 def _in_rows(blocks: Blocks, rows: int, prior: Tensor, strength: float) -> Fit:
-    """Δᵀ = D⁻²Aᵀ Z / strength with (A D⁻² Aᵀ / strength + 1) Z = Y − A priorᵀ; what is left of the residual is Z."""
-    outputs, features = prior.shape
-    a, residual = prior.new_empty(rows, features), prior.new_empty(rows, outputs)
-    squares, first, energy = prior.new_zeros(features), 0, 0.0
-    for neurons, y in blocks():
-        part = slice(first, first + len(y))
-        a[part], residual[part] = neurons, y - neurons @ prior.T
-        squares += neurons.square().sum(dim=0)
-        first, energy = part.stop, energy + sum_of_squares(y)
-    scale = _scale(squares)
-    a /= scale * strength**0.5
-    kernel = prior.new_zeros(rows, rows)
-    for start in range(0, rows, _COLUMNS):
-        kernel[start:, start : start + _COLUMNS] = a[start:] @ a[start : start + _COLUMNS].T
+    a, y, first = prior.new_empty(rows, prior.shape[1]), prior.new_empty(rows, len(prior)), 0
+    for neurons, targets in blocks():
+        part = slice(first, first + len(targets))
+        a[part], y[part] = neurons, targets
+        first = part.stop
+    return next(ridge_in_parts([Part(lambda: a, lambda: prior)], y, strength))
+
+
+def ridge_in_parts(parts: Sequence[Part], targets: Tensor, strength: float) -> Iterator[Fit]:
+    """Yield what ``ridge`` finds for the features of each part, **the last part first**, where features outnumber the rows.
+
+    Δᵀ = D⁻²Aᵀ Z / strength with (A D⁻² Aᵀ / strength + 1) Z = Y − A priorᵀ; what is left of the residual is Z. A sum over
+    the features is one over the parts, of which one is in memory at a time.
+
+    Args:
+        targets: Y (rows, outputs), overwritten.
+        strength: of the pull towards the known weights.
+
+    Raises:
+        MakesNaN: the rows hold NaN or infinity.
+    """
+    energy, kernel = sum_of_squares(targets), targets.new_zeros(len(targets), len(targets))
+    scales, a = [], None
+    for part in parts:
+        del a  # before the next is made
+        a, prior = part.features(), part.prior()
+        targets.sub_(a @ prior.T)
+        scales.append(_scale(torch.linalg.vector_norm(a, dim=0).square_()))
+        a /= scales[-1] * strength**0.5
+        for start in range(0, len(a), _COLUMNS):
+            kernel[start:, start : start + _COLUMNS].addmm_(a[start:], a[start : start + _COLUMNS].T)
     kernel.diagonal().add_(1.0)
-    left = _solve(kernel, residual)
-    del kernel, residual
-    change = a.T @ left
-    del a
-    change /= scale[:, None] * strength**0.5
-    return Fit(change.add_(prior.T).T, scale / rows**0.5, sum_of_squares(left) / energy)
+    left = _solve(kernel, targets)
+    del kernel
+    for number in reversed(range(len(parts))):
+        if a is None:
+            a = parts[number].features()
+            a /= scales[number] * strength**0.5
+        change = a.T @ left
+        a = None
+        change /= scales[number][:, None] * strength**0.5
+        weights = change.add_(parts[number].prior().T).T
+        yield Fit(weights, scales[number] / len(targets) ** 0.5, sum_of_squares(left) / energy)
 
 
 def _scale(squares: Tensor) -> Tensor:

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from mka_export.hashes import file_sha256
 from mka_export.merge.states import StatesFile
+from mka_export.merge.steps import Choice
 from mka_export.models.activations import Activations
 from mka_export.models.runner import LayerRunner, Weights, check_finite
 from mka_export.models.statistics import ColumnStatistics
@@ -33,11 +34,13 @@ class Layer:
     Attributes:
         first: first and
         last: last original layer that it stands for.
-        file: its weights where they are not those of original layer ``first``.
+        attention: the original layer whose attention it has, and which is run in its place with its weights.
+        file: its weights where they are not those of that layer.
     """
 
     first: int
     last: int
+    attention: int
     file: Path | None = None
 
     @property
@@ -93,7 +96,7 @@ class Trajectory:
         """Return float32 weights of the layer now at ``position``: those called ``names``, or all."""
         layer = self.layers[position]
         if layer.file is None:
-            return self.runner.weights(layer.first, *names)
+            return self.runner.weights(layer.attention, *names)
         with safe_open(layer.file, framework="pt", device=str(self.runner.device)) as f:
             return {name: f.get_tensor(name) for name in names or f.keys()}
 
@@ -117,7 +120,7 @@ class Trajectory:
     def above(self, position: int) -> Iterator[tuple[int, Callable[[], Weights]]]:
         """Yield the layers above ``position``, for ``outcome``."""
         for place in range(position + 1, len(self.layers)):
-            yield self.layers[place].first, partial(self.weights, place)
+            yield self.layers[place].attention, partial(self.weights, place)
 
     def outcome(self, position: int, layers: Iterable[tuple[int, Callable[[], Weights]]]) -> Tensor:
         """Return the final states if from ``position`` on these layers stood: (N, T, hidden), all in memory.
@@ -144,20 +147,25 @@ class Trajectory:
         found = {name(i, k): v for i, layer in enumerate(layers) for k, v in layer.mean_square.items()}
         return Activations(found, self.ids.numel(), calibration)
 
-    def replace(self, position: int, last: int, file: Path) -> None:
-        """Put one layer, with the float32 weights in ``file``, in the place of those from ``position`` to ``last``."""
-        span = self.layers[position].first, self.layers[last].last
+    def attention(self, choice: Choice) -> int:
+        """Return the original layer whose attention a merge leaves."""
+        return self.layers[choice.position].attention if choice.attention is None else choice.attention
+
+    def replace(self, choice: Choice, file: Path) -> None:
+        """Put one layer, with the float32 weights in ``file``, in the place of those that a merge takes."""
+        position, last = choice.position, choice.last
+        merged = Layer(self.layers[position].first, self.layers[last].last, self.attention(choice), file)
         if position < self._shared:
             self._shared = self._merged_known = position
         self._merged_known = min(self._merged_known, position)
         del self._merged_statistics[self._merged_known - self._shared :]
-        self.layers[position : last + 1] = [Layer(*span, file)]
+        self.layers[position : last + 1] = [merged]
 
     def reset(self) -> None:
         """Make the model under merge the original again, and free the disk of what it was."""
         for file in self.folder.glob("merged-*.f32"):
             file.unlink()
-        self.layers = [Layer(i, i) for i in range(self.runner.checkpoint.num_layers)]
+        self.layers = [Layer(i, i, i) for i in range(self.runner.checkpoint.num_layers)]
         self._shared = len(self.layers)
         self._merged_known = 0
         self._merged_statistics = []
@@ -168,7 +176,7 @@ class Trajectory:
         while self._merged_known < boundary and boundary > self._shared:
             position = max(self._merged_known, self._shared)
             source, out = self._merged(position), self._merged(position + 1)
-            self._merged_statistics.append(self._run(self.layers[position].first, self.weights(position), source, out))
+            self._merged_statistics.append(self._run(self.layers[position].attention, self.weights(position), source, out))
             self._merged_known = position + 1
         return self._merged(boundary)
 

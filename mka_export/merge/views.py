@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from mka_export.merge.similarity import Similarities
+from mka_export.merge.steps import Choice
 from mka_export.merge.trajectory import Trajectory
 from mka_export.models.runner import LayerRunner
 
@@ -85,13 +86,13 @@ class Views:
         folder = self.everything.folder.with_name("echo")
         return Trajectory(self.probe.runner, torch.cat([begun, begun], dim=1), folder)
 
-    def replace(self, position: int, last: int, file: Path) -> None:
-        """Put one layer, with the float32 weights in ``file``, in the place of those from ``position`` to ``last``."""
-        self._replace({self.everything, self.probe}, position, last, file)
+    def replace(self, choice: Choice, file: Path) -> None:
+        """Put one layer, with the float32 weights in ``file``, in the place of those that a merge takes."""
+        self._replace({self.everything, self.probe}, choice, file)
 
-    def replace_on_trial(self, position: int, last: int, file: Path) -> None:
+    def replace_on_trial(self, choice: Choice, file: Path) -> None:
         """Do so on the windows that choices are made by only; ``reset`` ends it."""
-        self._replace({self.probe, self.echo, self.trial}, position, last, file)
+        self._replace({self.probe, self.echo, self.trial}, choice, file)
 
     def reset(self) -> None:
         """Make the model under merge the original again."""
@@ -99,7 +100,7 @@ class Views:
             each.reset()
         self.similarities.forget(0)
 
-    def _replace(self, where: Iterable[Trajectory], position: int, last: int, file: Path) -> None:
+    def _replace(self, where: Iterable[Trajectory], choice: Choice, file: Path) -> None:
         for each in where:
-            each.replace(position, last, file)
-        self.similarities.forget(position)
+            each.replace(choice, file)
+        self.similarities.forget(choice.position)

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 from mka_export.merge import damage
 from mka_export.merge.compete import compete
 from mka_export.merge.stage import trial
-from mka_export.merge.steps import Step
+from mka_export.merge.steps import Choice, Step
 from mka_export.merge.trajectory import Trajectory
 from mka_export.merge.views import ECHO, Views, probe_windows
 from mka_export.models.checkpoint import Checkpoint
@@ -33,13 +33,14 @@ def plan(pico_llama, tmp_path_factory):
     return json.loads((out / "plan.json").read_text()), notes_of(out.with_name("out-pieces"))
 
 
-def test_damage_is_how_much_the_predictions_turn_away(pico_llama, plan, tmp_path):
+@pytest.mark.parametrize("attention", [2, 3])
+def test_damage_is_how_much_the_predictions_turn_away(attention, pico_llama, plan, tmp_path):
     """Of one pair, worked out with transformers: fitted to some windows, measured on others, which are said twice."""
     views = Views.of(LayerRunner(Checkpoint.open(pico_llama)), IDS, "npib", tmp_path, tmp_path)
     probed, tried = list(views.probe.windows), list(views.trial.windows)
     assert probed == probe_windows(len(IDS))
     assert not set(probed) & set(tried)
-    fused, _ = compete(views.trial, 2, 3, 1.0)
+    fused, _ = compete(views.trial, Choice(2, 3, attention=attention))
     original = AutoModelForCausalLM.from_pretrained(pico_llama, dtype=torch.float32)
     shallow = AutoModelForCausalLM.from_pretrained(pico_llama, dtype=torch.float32)
     shallow.model.layers[2].load_state_dict(fused)
@@ -52,16 +53,18 @@ def test_damage_is_how_much_the_predictions_turn_away(pico_llama, plan, tmp_path
     with torch.no_grad():
         p, q = (m(twice, use_cache=False).logits.double().log_softmax(-1) for m in (original, shallow))
     expected = float((p.exp() * (p - q)).sum(-1).mean())
-    assert plan[1]["damages"]["[2, 2]+[3, 3]"] == pytest.approx(expected, rel=1e-3)
+    assert plan[1]["damages"][f"[2, 2]+[3, 3], attention of {attention}"] == pytest.approx(expected, rel=1e-3)
 
 
 def test_the_least_damage_is_chosen_first(plan):
     damages, chosen = plan[1]["damages"], plan[1]["chosen"]
-    first = {
-        pair: value for pair, value in damages.items() if pair in {f"[{i}, {i}]+[{i + 1}, {i + 1}]" for i in range(6)}
+    pairs = {
+        f"[{i}, {i}]+[{i + 1}, {i + 1}], attention of {attention}" for i in range(5) for attention in (i, i + 1)
     }
-    assert len(first) == 5
-    assert f"{chosen[0]['lower']}+{chosen[0]['upper']}" == min(first, key=first.__getitem__)
+    first = {pair: value for pair, value in damages.items() if pair in pairs}
+    assert len(first) == len(pairs)
+    least = f"{chosen[0]['lower']}+{chosen[0]['upper']}, attention of {chosen[0]['attention']}"
+    assert least == min(first, key=first.__getitem__)
 
 
 def test_only_the_most_similar_are_measured(pico_llama, tmp_path, monkeypatch):
@@ -70,7 +73,7 @@ def test_only_the_most_similar_are_measured(pico_llama, tmp_path, monkeypatch):
         (merged(pico_llama, tmp_path / "a", settings(method="mka-paper", remove=1)) / "plan.json").read_text()
     )
     out = merged(pico_llama, tmp_path / "b", settings(remove=1))
-    assert len(notes_of(tmp_path / "b-pieces")["damages"]) == 1
+    assert len(notes_of(tmp_path / "b-pieces")["damages"]) == 2  # with the attention of either
     (ours,), (theirs,) = json.loads((out / "plan.json").read_text())["steps"], similar["steps"]
     assert (ours["lower"], ours["upper"]) == (theirs["lower"], theirs["upper"])
 
@@ -80,21 +83,23 @@ def test_what_was_just_fused_on_trial_is_not_fused_again(pico_llama, tmp_path, m
     views, fused, kept = Views.of(LayerRunner(Checkpoint.open(pico_llama)), IDS, "npib", tmp_path, tmp_path), {}, {}
     replace = Views.replace_on_trial
 
-    def seen(views, position, last, file):
+    def seen(views, choice, file):
         kept.update(load_file(file))
-        replace(views, position, last, file)
+        replace(views, choice, file)
 
-    def counted(trajectory, position, last, alpha):
-        assert position not in fused
-        fused[position] = compete(trajectory, position, last, alpha)
-        return fused[position]
+    def counted(trajectory, choice):
+        merge = choice.position, choice.attention
+        assert merge not in fused
+        fused[merge] = compete(trajectory, choice)[0]
+        return fused[merge], {}
 
     monkeypatch.setattr(Views, "replace_on_trial", seen)
     (choice,) = damage.least_damage(counted, settings(remove=1, protect=0), views)
-    assert len(fused) == 5
-    assert kept.keys() == fused[choice.position][0].keys()
+    assert len(fused) == 10
+    expected = fused[choice.position, choice.attention]
+    assert kept.keys() == expected.keys()
     assert not [*tmp_path.rglob("chosen-*"), *tmp_path.rglob("merged-*")]
-    assert all(torch.equal(kept[name], tensor) for name, tensor in fused[choice.position][0].items())
+    assert all(torch.equal(kept[name], tensor) for name, tensor in expected.items())
 
 
 def test_fits_go_bottom_up_and_no_layer_runs_twice(pico_llama, tmp_path, monkeypatch):
@@ -108,16 +113,16 @@ def test_fits_go_bottom_up_and_no_layer_runs_twice(pico_llama, tmp_path, monkeyp
     monkeypatch.setattr(Trajectory, "_run", counted)
     out = merged(pico_llama, tmp_path / "out", THREE)
     plan = json.loads((out / "plan.json").read_text())
-    first = {layer: span[0] for span in plan["layers"] for layer in range(span[0], span[1] + 1)}
-    groups = [first[step["lower"][0]] for step in plan["steps"]]
-    assert groups == sorted(groups)
+    groups = [[step["lower"][0], step["upper"][1]] for step in plan["steps"]]
+    assert groups == [[first, last] for first, last in plan["layers"] if first < last]
     assert len(runs) == len(set(runs))
 
 
-def test_merges_of_one_layer_keep_their_order():
-    steps = [Step([4, 4], [5, 5], 0.5, 0.5), Step([1, 1], [2, 2], 0.6, 0.5), Step([3, 3], [4, 5], 0.7, 0.5)]
-    found = [(c.position, c.last, c.similarity) for c in damage._bottom_up(steps, 7)]
-    assert found == [(1, 2, 0.6), (3, 4, 0.5), (2, 3, 0.7)]
+def test_what_becomes_one_layer_is_fused_once():
+    pairs = [([4, 4], [5, 5], 0.5, 5), ([1, 1], [2, 2], 0.6, 1), ([3, 3], [4, 5], 0.7, 5)]
+    steps = [Step(lower, upper, similarity, 1.0, attention) for lower, upper, similarity, attention in pairs]
+    found = [*damage._bottom_up(steps, 7)]
+    assert found == [Choice(1, 2, 0.6, 1.0, 1), Choice(2, 4, 0.5, 1.0, 5)]
 
 
 def test_what_was_measured_is_not_measured_again(pico_llama, plan, tmp_path, monkeypatch):

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from mka_export.errors import MkaError
 from mka_export.merge import ridge as module
-from mka_export.merge.ridge import FLOOR, Fit, pull, ridge
+from mka_export.merge.ridge import FLOOR, Fit, Part, pull, ridge, ridge_in_parts
 
 FEATURES, OUTPUTS = 40, 3
 
@@ -45,6 +45,25 @@ def test_it_is_the_minimum(rows, monkeypatch):
     torch.testing.assert_close(found.root_mean_square.double(), scale, rtol=3e-3, atol=1e-3)
     left = (a64 @ expected.T - y64).square().sum() / y64.square().sum()
     assert found.unexplained == pytest.approx(float(left), rel=0.02, abs=1e-6)
+
+
+@pytest.mark.parametrize("rows", [10, 500])
+def test_parts_are_solved_as_one(rows, monkeypatch):
+    monkeypatch.setattr(module, "_COLUMNS", 16)
+    a, y, prior = problem(rows)
+    whole, made = fitted(a, y, prior), []
+
+    def part(columns: slice) -> Part:
+        return Part(lambda: made.append(columns) or a[:, columns].clone(), lambda: prior[:, columns].clone())
+
+    cut = [slice(0, 7), slice(7, 31), slice(31, FEATURES)]
+    fits = [*ridge_in_parts([part(columns) for columns in cut], y.clone(), pull(rows, FEATURES))][::-1]
+    for columns, fit in zip(cut, fits, strict=True):
+        scale = whole.root_mean_square[columns]
+        torch.testing.assert_close(fit.weights * scale, whole.weights[:, columns] * scale, rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(fit.root_mean_square, scale, rtol=3e-3, atol=1e-3)
+        assert fit.unexplained == pytest.approx(whole.unexplained, rel=0.02)
+    assert made == [*cut, *cut[1::-1]]  # that of the last is still there
 
 
 def test_few_rows_move_little():

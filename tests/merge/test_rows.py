@@ -12,6 +12,7 @@ from mka_export.merge import rows as module
 from mka_export.merge.compete import ROUNDS, compete
 from mka_export.merge.fit_tokens import FitTokens, normed
 from mka_export.merge.rows import HOLD, adapt_rows
+from mka_export.merge.steps import Choice
 from mka_export.merge.trajectory import Trajectory
 from mka_export.models.checkpoint import Checkpoint
 from mka_export.models.runner import LayerRunner
@@ -27,9 +28,9 @@ def trajectory(pico_llama, tmp_path) -> Trajectory:
 @pytest.fixture
 def mlp(trajectory) -> tuple[FitTokens, Tensor, Tensor]:
     """A small part of an MLP that is to add what it and the next layer add."""
-    rows = torch.cat([normed(trajectory, 2, f"mlp.{name}_proj.weight")[:NEURONS] for name in ("gate", "up")])
+    rows = torch.cat([normed(trajectory.runner, 2, f"mlp.{name}_proj.weight")[:NEURONS] for name in ("gate", "up")])
     down = trajectory.weights(2, "mlp.down_proj.weight")["mlp.down_proj.weight"][:, :NEURONS]
-    return FitTokens(trajectory, 2, 3, relative=True), rows, down
+    return FitTokens(trajectory, Choice(2, 3), relative=True), rows, down
 
 
 def added(tokens: FitTokens, gate: Tensor, up: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:
@@ -78,12 +79,12 @@ def test_rows_that_cannot_be_better_stay(mlp):
 
 def test_a_merge_explains_more_with_adapted_rows_where_tokens_are_enough(trajectory, monkeypatch):
     monkeypatch.setattr(competition, "ROW_TOKENS", WINDOWS.size / trajectory.runner.checkpoint.hidden_size)
-    kept, adapted = (compete(trajectory, 2, 3, 1.0, rounds=rounds)[1] for rounds in (0, ROUNDS))
+    kept, adapted = (compete(trajectory, Choice(2, 3), rounds=rounds)[1] for rounds in (0, ROUNDS))
     assert adapted["unexplained"] < 0.95 * kept["unexplained"]
-    assert adapted["neurons_from_upper"] == kept["neurons_from_upper"]
+    assert adapted["neurons_from_lowest"] == kept["neurons_from_lowest"]
     assert not list(trajectory.folder.glob("fit-*")), "nothing of a fit stays on disk"
     monkeypatch.setattr(competition, "ROW_TOKENS", competition.ROW_TOKENS + 1)
-    assert compete(trajectory, 2, 3, 1.0, rounds=ROUNDS)[1] == kept
+    assert compete(trajectory, Choice(2, 3), rounds=ROUNDS)[1] == kept
 
 
 def test_rows_that_are_too_far_for_what_is_linear_are_not_taken(mlp, monkeypatch):

@@ -19,6 +19,7 @@ from mka_export.merge.measures import MEASURES
 from mka_export.merge.methods import METHODS
 from mka_export.merge.plan import read_plan
 from mka_export.merge.stage import layers_to_remove
+from mka_export.merge.steps import Choice, Step
 from mka_export.merge.trajectory import Trajectory
 from mka_export.merge.views import probe_windows
 from mka_export.models.activations import Activations, calibrate
@@ -105,15 +106,16 @@ def test_same_input_same_bytes_and_a_plan_replays_to_them(pico_llama, tmp_path):
         assert (first / name).read_bytes() == (replayed / name).read_bytes(), name
 
 
-@pytest.mark.parametrize("schedule", ["iterative", "one-shot"])
-def test_a_merge_goes_on_at_its_last_finished_pair(schedule, pico_llama, tmp_path, monkeypatch):
-    how, method, fits = settings(schedule=schedule, remove=3), METHODS["mka"], []
+def test_a_merge_goes_on_at_its_last_finished_fit(pico_llama, tmp_path, monkeypatch):
+    method, fits = METHODS["mka"], []
+    chosen = read_plan(merged(pico_llama, tmp_path / "chosen", settings(protect=0)) / "plan.json")
+    how = dataclasses.replace(chosen, steps=[Step([i, i], [i + 1, i + 1], 0.5, 0.5, i + 1) for i in (0, 2, 4)])
 
-    def counted(trajectory, position, last, alpha):
-        fits.append(position)
+    def counted(trajectory, choice):
+        fits.append(choice)
         if len(fits) == 3:
             raise KeyboardInterrupt
-        return method.fuse(trajectory, position, last, alpha)
+        return method.fuse(trajectory, choice)
 
     undisturbed = merged(pico_llama, tmp_path / "undisturbed", how)
     monkeypatch.setitem(METHODS, "mka", dataclasses.replace(method, fuse=counted))
@@ -150,7 +152,7 @@ def same(trajectory: Trajectory, position: int) -> None:
     """Replace two layers by the lower one."""
     file = trajectory.folder / f"{position}.safetensors"
     save_file(trajectory.weights(position), file)
-    trajectory.replace(position, position + 1, file)
+    trajectory.replace(Choice(position, position + 1), file)
 
 
 def test_a_merge_runs_only_the_layers_after_it(pico_llama, tmp_path):
