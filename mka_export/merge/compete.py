@@ -97,7 +97,9 @@ def _strengths(runner: LayerRunner, layers: Sequence[int], tokens: FitTokens) ->
     some = tokens.spread(SELECTION_TOKENS)
     files = [_activations(runner, i, tokens, some) for i in layers]
     targets = tokens.targets(some)
-    parts = [Part(partial(_read, file, targets), partial(_down, runner, i)) for i, file in zip(layers, files, strict=True)]
+    parts = [
+        Part(partial(_read, file, targets), partial(_down, runner, i)) for i, file in zip(layers, files, strict=True)
+    ]
     strength = pull(len(some), sum(file.features for file in files))
     fits = ridge_in_parts(parts, targets, strength)
     found = [fit.weights.norm(dim=0) * fit.root_mean_square for fit in fits]

@@ -176,7 +176,9 @@ class Trajectory:
         while self._merged_known < boundary and boundary > self._shared:
             position = max(self._merged_known, self._shared)
             source, out = self._merged(position), self._merged(position + 1)
-            self._merged_statistics.append(self._run(self.layers[position].attention, self.weights(position), source, out))
+            self._merged_statistics.append(
+                self._run(self.layers[position].attention, self.weights(position), source, out)
+            )
             self._merged_known = position + 1
         return self._merged(boundary)
 

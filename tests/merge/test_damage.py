@@ -58,9 +58,7 @@ def test_damage_is_how_much_the_predictions_turn_away(attention, pico_llama, pla
 
 def test_the_least_damage_is_chosen_first(plan):
     damages, chosen = plan[1]["damages"], plan[1]["chosen"]
-    pairs = {
-        f"[{i}, {i}]+[{i + 1}, {i + 1}], attention of {attention}" for i in range(5) for attention in (i, i + 1)
-    }
+    pairs = {f"[{i}, {i}]+[{i + 1}, {i + 1}], attention of {attention}" for i in range(5) for attention in (i, i + 1)}
     first = {pair: value for pair, value in damages.items() if pair in pairs}
     assert len(first) == len(pairs)
     least = f"{chosen[0]['lower']}+{chosen[0]['upper']}, attention of {chosen[0]['attention']}"
