@@ -261,7 +261,16 @@ def _plan() -> dict[str, Any]:
         "schedule": "iterative",
         "protect": 1,
         "calibration": {"tokens": 8},
-        "steps": [{"lower": [1, 1], "upper": [2, 2], "similarity": 0.5, "alpha": 0.5, "figures": {"loss": 0.1}}],
+        "steps": [
+            {
+                "lower": [1, 1],
+                "upper": [2, 2],
+                "similarity": 0.5,
+                "alpha": 0.5,
+                "attention": 2,
+                "figures": {"loss": 0.1},
+            }
+        ],
     }
 
 
