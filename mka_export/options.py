@@ -107,7 +107,7 @@ class TextOptions:
         "sampled from MODEL. Default: the embedded text.",
         type=str,
     )
-    calibration_tokens: int = option(32768, "Tokens of it to use, in windows of 512.", type=click.IntRange(min=512))
+    calibration_tokens: int = option(16384, "Tokens of it to use, in windows of 512.", type=click.IntRange(min=512))
     text: Path | None = option(None, "Text file to evaluate on, UTF-8. Default: the embedded text.", type=FILE)
     windows: int = option(16, "Evaluation windows, evenly spread over the text.", type=click.IntRange(min=2))
     window_tokens: int = option(256, "Tokens in each.", type=click.IntRange(min=16))
