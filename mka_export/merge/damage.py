@@ -56,8 +56,7 @@ def _steps(pairs: Iterable[Choice], layers: int) -> Iterator[Step]:
     """Yield the merges of pairs, one after another, by the original layers that take part."""
     spans = [[i, i] for i in range(layers)]
     for pair in pairs:
-        lower, upper = spans[pair.position], spans[pair.last]
-        yield Step(lower, upper, pair.similarity, pair.alpha, lower[0])
+        yield pair.step(spans, attention=spans[pair.position][0])
         merge_spans(spans, pair)
 
 
@@ -71,7 +70,7 @@ def _chosen(fuse: Fuse, settings: Settings, views: Views) -> list[Step]:
                 step, fused = _least_damaged(fuse, settings, views, predictions, notes, file)
                 notes.choose(step)
             step = notes.chosen[number]
-            choice = step.choice([layer.span for layer in probe.layers])
+            choice = step.choice(probe.spans)
             if step != fused:
                 save_tensors(fuse(views.trial, choice)[0], file)
             views.replace_on_trial(choice, file)
@@ -86,14 +85,13 @@ def _least_damaged(
 ) -> tuple[Step, Step | None]:
     """Return the merge, of the most similar pairs, that does least damage, and that whose layer is in ``file`` now."""
     echo, similarities = views.echo, views.similarities.neighbours()
-    spans = [layer.span for layer in echo.layers]
     order = sorted(allowed_pairs(settings, views.probe), key=similarities.__getitem__, reverse=True)
     steps = [step for place in order[:SCREENED] for step in _ways(settings, views, place, similarities[place])]
     new = [step for step in steps if not notes.knows(step)]
     least = min((notes.damage(step) for step in steps if notes.knows(step)), default=math.inf)
     now, written = predictions.divergence(echo.outcome(len(echo.layers), ())) if new else 0.0, None
     for step in new:
-        choice = step.choice(spans)
+        choice = step.choice(echo.spans)
         fused, _ = fuse(views.trial, choice)
         damage = predictions.divergence(_with(fused, echo, choice)) - now
         notes.measure(step, damage)

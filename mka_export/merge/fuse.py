@@ -1,6 +1,7 @@
 """Some layers become one: the simple ways.
 
-Every way takes neighbours in the model under merge, and returns the weights of the one layer that stands there afterwards, with the tensors and shapes of the family, and figures for the plan: the
+Every way takes neighbours in the model under merge, and returns the weights of the one layer that stands there
+afterwards, with the tensors and shapes of the family, and figures for the plan: the
 architecture does not change.
 """
 

@@ -35,7 +35,7 @@ def merge(views: Views, settings: Settings | Plan, finished: Finished, progress:
     with progress.task(f"removing {settings.remove} layers ({settings.method})", settings.remove) as task:
 
         def follow(step: Step) -> None:
-            choice = step.choice([layer.span for layer in trajectory.layers])
+            choice = step.choice(trajectory.spans)
             views.replace(choice, finished.weights)
             task.advance(choice.last - choice.position)
 
@@ -48,17 +48,13 @@ def merge(views: Views, settings: Settings | Plan, finished: Finished, progress:
         else:
             choices = method.choose(replace(settings, remove=settings.remove - done), views)
         for choice in choices:
-            lowest, next_one, highest = (
-                trajectory.layers[place] for place in (choice.position, choice.position + 1, choice.last)
-            )
-            upper, attention = [next_one.first, highest.last], trajectory.attention(choice)
-            step = Step(lowest.span, upper, choice.similarity, choice.alpha, attention)
+            step = choice.step(trajectory.spans, trajectory.attention(choice))
             follow(finished.add(step, partial(method.fuse, trajectory, choice)))
 
 
 def _replay(steps: Sequence[Step], trajectory: Trajectory) -> Iterator[Choice]:
     for step in steps:
-        yield step.choice([layer.span for layer in trajectory.layers])
+        yield step.choice(trajectory.spans)
 
 
 def write_checkpoint(trajectory: Trajectory, out: Path) -> None:

@@ -141,6 +141,7 @@ def ridge_in_parts(parts: Sequence[Part], targets: Tensor, strength: float) -> I
             kernel[start:, start : start + _COLUMNS].addmm_(a[start:], a[start : start + _COLUMNS].T)
     kernel.diagonal().add_(1.0)
     left = _solve(kernel, targets)
+    unexplained = sum_of_squares(left) / energy
     del kernel
     for number in reversed(range(len(parts))):
         if a is None:
@@ -150,7 +151,7 @@ def ridge_in_parts(parts: Sequence[Part], targets: Tensor, strength: float) -> I
         a = None
         change /= scales[number][:, None] * strength**0.5
         weights = change.add_(parts[number].prior().T).T
-        yield Fit(weights, scales[number] / len(targets) ** 0.5, sum_of_squares(left) / energy)
+        yield Fit(weights, scales[number] / len(targets) ** 0.5, unexplained)
 
 
 def _scale(squares: Tensor) -> Tensor:

@@ -26,6 +26,16 @@ class Choice:
     alpha: float = 1.0
     attention: int | None = None
 
+    def step(self, spans: Sequence[list[int]], attention: int) -> Step:
+        """Return the merge by the original layers that take part: the inverse of ``Step.choice``.
+
+        Args:
+            spans: of the layers of the model under merge.
+            attention: the original layer whose attention stays.
+        """
+        upper = [spans[self.position + 1][0], spans[self.last][1]]
+        return Step(spans[self.position], upper, self.similarity, self.alpha, attention)
+
 
 @dataclass(frozen=True)
 class Step:

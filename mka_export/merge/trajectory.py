@@ -88,6 +88,11 @@ class Trajectory:
             self._write(self._original(0), slice(0, len(self.ids)), runner.embed(self.ids))
             seal(self._original(0).path, {"windows": self._key})
 
+    @property
+    def spans(self) -> list[list[int]]:
+        """First and last original layer of each layer of the model under merge."""
+        return [layer.span for layer in self.layers]
+
     def batches(self) -> Iterator[slice]:
         """Cut the windows into batches that fit in memory."""
         return self.runner.batches(self._shape[0], self._shape[1])
