@@ -19,7 +19,7 @@ from mka_export.merge.measures import MEASURES
 from mka_export.merge.methods import METHODS
 from mka_export.merge.plan import read_plan
 from mka_export.merge.stage import layers_to_remove
-from mka_export.merge.steps import Choice, Step
+from mka_export.merge.steps import Choice
 from mka_export.merge.trajectory import Trajectory
 from mka_export.merge.views import probe_windows
 from mka_export.models.activations import Activations, calibrate
@@ -106,10 +106,13 @@ def test_same_input_same_bytes_and_a_plan_replays_to_them(pico_llama, tmp_path):
         assert (first / name).read_bytes() == (replayed / name).read_bytes(), name
 
 
-def test_a_merge_goes_on_at_its_last_finished_fit(pico_llama, tmp_path, monkeypatch):
+@pytest.mark.parametrize("replayed", [False, True])
+def test_a_merge_goes_on_at_its_last_finished_fit(replayed, pico_llama, tmp_path, monkeypatch):
     method, fits = METHODS["mka"], []
-    chosen = read_plan(merged(pico_llama, tmp_path / "chosen", settings(protect=0)) / "plan.json")
-    how = dataclasses.replace(chosen, steps=[Step([i, i], [i + 1, i + 1], 0.5, 0.5, i + 1) for i in (0, 2, 4)])
+    how = settings(remove=3, measure="angular", schedule="one-shot", protect=0)
+    undisturbed = merged(pico_llama, tmp_path / "undisturbed", how)
+    plan = read_plan(undisturbed / "plan.json")
+    assert [step.lower for step in plan.steps] == [[0, 0], [2, 2], [4, 4]]
 
     def counted(trajectory, choice):
         fits.append(choice)
@@ -117,14 +120,13 @@ def test_a_merge_goes_on_at_its_last_finished_fit(pico_llama, tmp_path, monkeypa
             raise KeyboardInterrupt
         return method.fuse(trajectory, choice)
 
-    undisturbed = merged(pico_llama, tmp_path / "undisturbed", how)
     monkeypatch.setitem(METHODS, "mka", dataclasses.replace(method, fuse=counted))
     with pytest.raises(KeyboardInterrupt):
-        merged(pico_llama, tmp_path / "out", how)
+        merged(pico_llama, tmp_path / "out", plan if replayed else how)
     shutil.rmtree(tmp_path / "out")
     damaged = tmp_path / "out-pieces" / "pair-2.safetensors"
     damaged.write_bytes(damaged.read_bytes()[:-1] + b"?")
-    merged(pico_llama, tmp_path / "out", how)
+    merged(pico_llama, tmp_path / "out", plan if replayed else how)
     assert len(fits) == 3 + 2  # the first is taken as it is, the damaged and the last are made
     for name in ("model.safetensors", "plan.json", "activations.safetensors", "similarity.png"):
         assert (undisturbed / name).read_bytes() == (tmp_path / "out" / name).read_bytes(), name
