@@ -17,7 +17,8 @@ import torch
 from job import report_of
 from torch import Tensor
 
-from mka_export.models.checkpoint import Checkpoint, CheckpointWriter, copy_tokenizer
+from mka_export.models.checkpoint import Checkpoint
+from mka_export.models.checkpoint_writer import CheckpointWriter, copy_tokenizer
 from mka_export.models.sources import cache_folder, fetch, resolve
 from mka_export.progress import Progress
 

@@ -28,7 +28,7 @@ import torch
 from job import COMMAND, FINISHED
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from mka_export.models.checkpoint import CheckpointWriter
+from mka_export.models.checkpoint_writer import CheckpointWriter
 from mka_export.options import ITERATIVE
 from mka_export.parity.runtimes import open_runtime
 

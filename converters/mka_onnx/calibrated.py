@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from mka_export.models.checkpoint import Checkpoint
+from mka_export.models.finite import check_finite
 from mka_export.models.onnx_file import read_graph
-from mka_export.models.runner import LayerRunner, check_finite
+from mka_export.models.runner import LayerRunner
 from mka_export.models.statistics import Grams
 from mka_export.progress import Progress
 from mka_onnx.building import unknown_builder

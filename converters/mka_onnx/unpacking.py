@@ -8,7 +8,8 @@ from pathlib import Path
 import torch
 
 from mka_export.errors import CheckpointError, UnsupportedError
-from mka_export.models.checkpoint import CONFIG, Checkpoint, CheckpointWriter, copy_tokenizer
+from mka_export.models.checkpoint import CONFIG, Checkpoint
+from mka_export.models.checkpoint_writer import CheckpointWriter, copy_tokenizer
 from mka_export.models.onnx_file import read_graph, require_own_files
 from mka_export.needs import require_room
 from mka_export.progress import Progress

@@ -16,7 +16,8 @@ from torch.nn import functional
 
 from mka_export.errors import MkaError
 from mka_export.heal.teacher import Teacher, unit
-from mka_export.models.checkpoint import Checkpoint, save_tensors
+from mka_export.models.checkpoint import Checkpoint
+from mka_export.models.checkpoint_writer import save_tensors
 from mka_export.models.outline import Outline
 from mka_export.models.whole import load_whole
 from mka_export.progress import Progress

@@ -17,7 +17,8 @@ from safetensors import safe_open
 from mka_export.heal.distill import Healed, Healing, distill, distill_bytes
 from mka_export.heal.teacher import ask_teacher, teacher_need
 from mka_export.models.activations import calibrate
-from mka_export.models.checkpoint import CONFIG, Checkpoint, CheckpointWriter, copy_tokenizer
+from mka_export.models.checkpoint import CONFIG, Checkpoint
+from mka_export.models.checkpoint_writer import CheckpointWriter, copy_tokenizer
 from mka_export.models.outline import Outline
 from mka_export.models.runner import LayerRunner
 from mka_export.needs import Need

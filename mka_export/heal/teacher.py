@@ -9,8 +9,9 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
+from mka_export.models.finite import check_finite
 from mka_export.models.outline import Outline
-from mka_export.models.runner import LayerRunner, check_finite
+from mka_export.models.runner import LayerRunner
 from mka_export.needs import Need
 from mka_export.progress import Progress
 from mka_export.workspace import seal, sealed

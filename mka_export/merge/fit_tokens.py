@@ -11,7 +11,8 @@ from mka_export.errors import UnsupportedError
 from mka_export.merge.states import StatesFile
 from mka_export.merge.steps import Choice
 from mka_export.merge.trajectory import Trajectory
-from mka_export.models.runner import LayerRunner, check_finite
+from mka_export.models.finite import check_finite
+from mka_export.models.runner import LayerRunner
 
 FIT_TOKENS = 512  # whose neurons are in memory at a time: 59 MB for the 28 672 of two layers of an 8B model
 ROWS = ("gate", "up")  # the roles that read the stream

@@ -14,7 +14,8 @@ from mka_export.merge.plan import Plan
 from mka_export.merge.steps import Choice, Step
 from mka_export.merge.trajectory import Trajectory
 from mka_export.merge.views import Views
-from mka_export.models.checkpoint import CONFIG, Checkpoint, CheckpointWriter, copy_tokenizer
+from mka_export.models.checkpoint import CONFIG, Checkpoint
+from mka_export.models.checkpoint_writer import CheckpointWriter, copy_tokenizer
 from mka_export.progress import Progress
 from mka_export.workspace import write_json
 

@@ -8,7 +8,7 @@ from mka_export.merge.compete import SELECTION_TOKENS
 from mka_export.merge.fuse import FLOAT
 from mka_export.merge.methods import METHODS
 from mka_export.merge.views import ECHO, TRIAL_WINDOWS, probe_windows
-from mka_export.models.checkpoint import SHARD_BYTES
+from mka_export.models.checkpoint_writer import SHARD_BYTES
 from mka_export.models.outline import Outline
 from mka_export.models.runner import layer_pass_bytes
 from mka_export.needs import Need

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mka_export.models.runner import MakesNaN
+from mka_export.models.finite import MakesNaN
 
 LEAST_PULL = 0.01  # keeps float32 sound
 FLOOR = 1e-6  # of the features' mean square, added to each one's: one that is always 0 keeps its weight

@@ -20,8 +20,9 @@ from mka_export.merge.plan import Plan
 from mka_export.merge.similarity import Similarities
 from mka_export.merge.steps import Step
 from mka_export.merge.views import Views
-from mka_export.models.checkpoint import Checkpoint, require_finite
-from mka_export.models.runner import LayerRunner, on_finite_windows
+from mka_export.models.checkpoint import Checkpoint
+from mka_export.models.finite import on_finite_windows, require_finite
+from mka_export.models.runner import LayerRunner
 from mka_export.progress import Progress
 from mka_export.workspace import write_json
 

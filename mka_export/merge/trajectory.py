@@ -22,7 +22,8 @@ from mka_export.hashes import file_sha256
 from mka_export.merge.states import StatesFile
 from mka_export.merge.steps import Choice
 from mka_export.models.activations import Activations
-from mka_export.models.runner import LayerRunner, Weights, check_finite
+from mka_export.models.finite import check_finite
+from mka_export.models.runner import LayerRunner, Weights
 from mka_export.models.statistics import ColumnStatistics
 from mka_export.workspace import seal, sealed
 

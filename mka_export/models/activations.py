@@ -10,9 +10,11 @@ from pathlib import Path
 from safetensors import safe_open
 from torch import Tensor
 
-from mka_export.models.checkpoint import Checkpoint, save_tensors
+from mka_export.models.checkpoint import Checkpoint
+from mka_export.models.checkpoint_writer import save_tensors
+from mka_export.models.finite import check_finite, on_finite_windows
 from mka_export.models.outline import Outline
-from mka_export.models.runner import LayerRunner, check_finite, layer_pass_bytes, on_finite_windows
+from mka_export.models.runner import LayerRunner, layer_pass_bytes
 from mka_export.models.statistics import ColumnStatistics
 from mka_export.needs import Need
 from mka_export.progress import Progress

@@ -1,4 +1,4 @@
-"""Hugging Face checkpoints, read and written a tensor at a time.
+"""Hugging Face checkpoints, read a tensor at a time.
 
 A checkpoint is a folder with ``config.json``, tokenizer files and ``*.safetensors``, with an index
 ``model.safetensors.index.json`` where there is more than one shard.
@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,20 +17,16 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from mka_export.data import load_json
-from mka_export.errors import CheckpointError, UnsupportedError, WorkspaceError
+from mka_export.errors import CheckpointError, UnsupportedError
 from mka_export.hashes import file_sha256
 from mka_export.models.architecture import Architecture, architecture_of
-from mka_export.models.licence import licence_files
-from mka_export.workspace import write_json
 
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-SHARD_BYTES = 512 << 20  # a written checkpoint is cut into files of about this size
 STORED = ("F64", "F32", "F16", "BF16")  # safetensors' names of the types that we compute with
 
 # What is carried unchanged from a checkpoint to one made from it, besides its licence: everything that says how text
@@ -183,89 +178,6 @@ class Checkpoint:
         embedding = a.tensors["embedding"]
         if len(shape := self.shapes[embedding]) != 2:
             raise CheckpointError(f"tensor {embedding} in {self.path} is {list(shape)}, no matrix", "Fetch it again.")
-
-
-class CheckpointWriter:
-    """Write a checkpoint shard by shard, holding at most one shard in memory.
-
-    Use as a context manager; the index is written when the block ends without an error.
-
-    Args:
-        folder: an existing, empty folder.
-        shard_bytes: a shard is closed before it would become larger than this.
-    """
-
-    def __init__(self, folder: Path, *, shard_bytes: int = SHARD_BYTES) -> None:
-        self.folder, self.shard_bytes = folder, shard_bytes
-        self._pending: dict[str, Tensor] = {}
-        self._pending_bytes = 0
-        self._names: list[list[str]] = []
-        self._total = 0
-
-    def add(self, name: str, tensor: Tensor) -> None:
-        """Write ``tensor``.
-
-        Raises:
-            CheckpointError: it holds NaN or infinity.
-        """
-        require_finite(name, tensor)
-        if self._pending and self._pending_bytes + tensor.nbytes > self.shard_bytes:
-            self._flush()
-        self._pending[name] = tensor
-        self._pending_bytes += tensor.nbytes
-        self._total += tensor.nbytes
-
-    def _flush(self) -> None:
-        save_tensors(self._pending, self.folder / f"shard-{len(self._names):05d}", {"format": "pt"})
-        self._names.append(list(self._pending))
-        self._pending, self._pending_bytes = {}, 0
-
-    def __enter__(self) -> CheckpointWriter:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if kind is not None:
-            return
-        self._flush()
-        count = len(self._names)
-        if count == 1:
-            (self.folder / "shard-00000").rename(self.folder / WEIGHTS)
-            return
-        weight_map: dict[str, str] = {}
-        for number, names in enumerate(self._names):
-            final = f"model-{number + 1:05d}-of-{count:05d}.safetensors"
-            (self.folder / f"shard-{number:05d}").rename(self.folder / final)
-            weight_map |= dict.fromkeys(names, final)
-        index = {"metadata": {"total_size": self._total}, "weight_map": weight_map}
-        write_json(self.folder / INDEX, index)
-
-
-def save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
-    """Write a safetensors file.
-
-    Raises:
-        WorkspaceError: it cannot be written, for example because the disk is full.
-    """
-    try:
-        save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, path, metadata=metadata)
-    except SafetensorError as error:
-        raise WorkspaceError(f"cannot write {path}: {error}", "Make room, and run the command again.") from error
-
-
-def require_finite(name: str, tensor: Tensor) -> None:
-    """Check the numbers of the tensor called ``name``.
-
-    Raises:
-        CheckpointError: it holds NaN or infinity.
-    """
-    if not bool(torch.stack(tensor.aminmax()).isfinite().all()):  # NaN comes through; far faster than isfinite
-        raise CheckpointError(f"tensor {name} holds NaN or infinity", "The model is damaged: fetch it again.")
-
-
-def copy_tokenizer(source: Path, folder: Path) -> None:
-    """Copy tokenizer, generation and licence files from one checkpoint folder to another."""
-    for name in (*(n for n in TOKENIZER_FILES if (source / n).is_file()), *licence_files(source)):
-        shutil.copyfile(source / name, folder / name)
 
 
 def read_config(path: Path) -> tuple[dict[str, Any], Architecture]:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from mka_export.errors import CheckpointError, UnsupportedError
 from mka_export.models.architecture import MAX_LAYERS, Architecture, architecture_of_gguf
-from mka_export.models.checkpoint import CheckpointWriter
+from mka_export.models.checkpoint_writer import CheckpointWriter
 from mka_export.models.gguf_file import GGUFFile, GGUFTensor, read_gguf
 from mka_export.models.gguf_rope import ROPE_FACTORS, rope_parameters
 from mka_export.models.gguf_tokenizer import Tokens, write_tokenizer

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from inspect import signature
 from typing import Any, TypeVar
@@ -15,16 +15,17 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
-from mka_export.errors import CheckpointError, MkaError, UsageError, out_of_memory
+from mka_export.errors import CheckpointError, MkaError
 from mka_export.memory import return_freed_blocks
-from mka_export.models.checkpoint import CONFIG, Checkpoint, require_finite
+from mka_export.models.checkpoint import CONFIG, Checkpoint
+from mka_export.models.device import as_memory_allows, pick_device
+from mka_export.models.finite import require_finite
 from mka_export.models.outline import Outline
 from mka_export.models.statistics import InputStatistics
 from mka_export.progress import Progress
 
 Weights = Mapping[str, Tensor]  # name inside the layer -> tensor, as the layer computes with it
 KeyValues = tuple[Tensor, Tensor]
-Result = TypeVar("Result")
 Seen = TypeVar("Seen", bound=InputStatistics)
 
 # Tokens that go through a layer together: enough to keep the cores busy, few enough that the widest
@@ -32,8 +33,6 @@ Seen = TypeVar("Seen", bound=InputStatistics)
 BATCH_TOKENS = 2048
 
 LARGE_LAYER = 1 << 22  # weights, from which on it costs little to keep nothing that is freed
-
-MAX_LEFT_OUT = 0.1  # of the calibration windows, where a layer makes NaN of them
 
 
 class LayerRunner:
@@ -117,7 +116,7 @@ class LayerRunner:
             statistics.include(seen)
             return (after,)
 
-        (after,) = _as_memory_allows(work, states)
+        (after,) = as_memory_allows(work, states)
         return after
 
     def before_mlp(self, index: int, weights: Weights, states: Tensor) -> tuple[Tensor, Tensor]:
@@ -134,7 +133,7 @@ class LayerRunner:
 
         try:
             setattr(layer, name, silent)
-            stream, inputs = _as_memory_allows(work, states)
+            stream, inputs = as_memory_allows(work, states)
             return stream, inputs
         finally:
             setattr(layer, name, mlp)
@@ -306,91 +305,3 @@ def layer_pass_bytes(model: Outline) -> int:
     weights = sum(map(math.prod, model.layer.values()))
     neurons = model.layer[model.architecture.layer["gate"]][0]
     return weights * (4 + model.itemsize) + 4 * BATCH_TOKENS * (4 * neurons + 12 * model.hidden_size)
-
-
-def pick_device(name: str) -> torch.device:
-    """Turn ``auto``, ``cpu``, ``cuda`` or ``cuda:N`` into a torch device.
-
-    Raises:
-        UsageError: it is not one of these, or not on this machine.
-    """
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    kind, _, number = name.partition(":")
-    if kind not in ("cpu", "cuda") or (number and not number.isdigit()):
-        raise UsageError(f"unknown --device {name!r}", "Use cpu, cuda, cuda:N or auto.")
-    if kind == "cuda" and not torch.cuda.is_available():
-        raise UsageError(
-            "--device cuda: torch sees no CUDA device", "Use --device cpu, or install a CUDA build of torch."
-        )
-    if number and int(number) >= torch.cuda.device_count():
-        raise UsageError(f"--device {name}: there are {torch.cuda.device_count()} CUDA devices")
-    return torch.device(name)
-
-
-class MakesNaN(MkaError):
-    """A model, or what was made of it, computes NaN or infinity."""
-
-
-class NotFinite(MakesNaN):
-    """States of some windows that hold NaN or infinity.
-
-    Attributes:
-        windows: the windows in which it does.
-    """
-
-    def __init__(self, where: str, windows: list[int]) -> None:
-        super().__init__(f"{where} makes NaN or infinity", "The model is damaged or needs another precision.")
-        self.where, self.windows = where, windows
-
-
-def check_finite(states: Tensor, where: str, windows: Sequence[int]) -> None:
-    """Check the states (batch, T, hidden) of the windows with these numbers.
-
-    Raises:
-        NotFinite: some hold NaN or infinity; the message names ``where``.
-    """
-    finite = states.isfinite().all(dim=-1).all(dim=-1)
-    if not bool(finite.all()):
-        raise NotFinite(where, [windows[i] for i in (~finite).nonzero().flatten().tolist()])
-
-
-def on_finite_windows(ids: Tensor, work: Callable[[Tensor], Result], progress: Progress) -> Result:
-    """Return ``work(ids)``; windows in which some layer makes NaN or infinity are left out, and that is said.
-
-    Raises:
-        MakesNaN: these are more than ``MAX_LEFT_OUT`` of the windows (N, T).
-    """
-    kept = torch.arange(len(ids))
-    while True:
-        try:
-            return work(ids[kept])
-        except NotFinite as error:
-            kept = kept[~torch.isin(torch.arange(len(kept)), torch.tensor(error.windows))]
-            lost = len(ids) - len(kept)
-            told = f"{lost} of {len(ids)} windows of the calibration text make NaN or infinity, in {error.where}"
-            if lost > MAX_LEFT_OUT * len(ids):
-                raise MakesNaN(told, "The model is damaged, or the text is not for it: give another.") from None
-            progress.say(f"{told}: left out")
-
-
-def _as_memory_allows(work: Callable[[Tensor], tuple[Tensor, ...]], states: Tensor) -> tuple[Tensor, ...]:
-    """Return ``work(states)``, of halves of the batch where the whole does not fit in memory.
-
-    Raises:
-        MkaError: not even one window does.
-    """
-    try:
-        return work(states)
-    except (RuntimeError, MemoryError) as error:
-        if not out_of_memory(error):
-            raise
-        if len(states) == 1:
-            raise MkaError(
-                f"a layer pass over one window of {states.shape[1]} tokens does not fit in memory",
-                "Close other programs, or use a machine with more memory.",
-            ) from error
-    if states.is_cuda:  # here the failed attempt has let go of its tensors
-        torch.cuda.empty_cache()
-    halves = [_as_memory_allows(work, half) for half in states.tensor_split(2)]
-    return tuple(torch.cat(parts) for parts in zip(*halves, strict=True))

@@ -11,7 +11,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from mka_export.models.checkpoint import save_tensors
+from mka_export.models.checkpoint_writer import save_tensors
 from mka_export.workspace import publish_file
 
 if TYPE_CHECKING:

@@ -19,8 +19,9 @@ from mka_export.errors import MkaError, UsageError
 from mka_export.inputs import CALIBRATION_WINDOW, CHARACTERS, SELF, Windows, read_texts, require_disjoint, windows_of
 from mka_export.models.checkpoint import Checkpoint
 from mka_export.models.dataset import dataset_text
+from mka_export.models.device import pick_device
 from mka_export.models.outline import Outline
-from mka_export.models.runner import LayerRunner, pick_device
+from mka_export.models.runner import LayerRunner
 from mka_export.models.sampling import sample_windows, sampling_bytes
 from mka_export.models.sources import cache_folder, fetch, resolve
 from mka_export.models.text import Text, sample_prompts

@@ -18,7 +18,7 @@ from mka_export.memory import PeakMemory
 from mka_export.merge.choose import Settings
 from mka_export.merge.stage import PLAN, dense_pass, trial
 from mka_export.models.checkpoint import Checkpoint, read_json
-from mka_export.models.runner import MakesNaN
+from mka_export.models.finite import MakesNaN
 from mka_export.parity.comparison import MERGED, ORIGINAL
 from mka_export.parity.metrics import ARTIFACT, Scores, score
 from mka_export.parity.mmlu.answers import LogLetters

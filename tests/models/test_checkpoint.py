@@ -11,7 +11,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from mka_export.errors import CheckpointError
-from mka_export.models.checkpoint import Checkpoint, CheckpointWriter
+from mka_export.models.checkpoint import Checkpoint
+from mka_export.models.checkpoint_writer import CheckpointWriter
 
 
 @pytest.fixture

@@ -11,7 +11,8 @@ from transformers import masking_utils
 from mka_export.errors import UsageError
 from mka_export.models import runner as module
 from mka_export.models.checkpoint import Checkpoint
-from mka_export.models.runner import LayerRunner, pick_device
+from mka_export.models.device import pick_device
+from mka_export.models.runner import LayerRunner
 from mka_export.models.statistics import ColumnStatistics
 
 

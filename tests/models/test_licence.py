@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from mka_export.models.checkpoint import copy_tokenizer
+from mka_export.models.checkpoint_writer import copy_tokenizer
 from mka_export.models.licence import Licence, licence_of
 
 FILES = ("LICENSE", "LICENSE.txt", "NOTICE", "Notice.txt", "USE_POLICY.md", "LLAMA_ACCEPTABLE_USE_POLICY.md", "COPYING")
