@@ -16,8 +16,8 @@ from mka_export.models.activations import Activations
 from mka_export.models.checkpoint import Checkpoint
 from mka_export.models.outline import Outline
 from mka_export.progress import Progress
+from mka_export.publish import publish_file, seal, sealed
 from mka_export.target import Artifact, Target
-from mka_export.workspace import publish_file, seal, sealed
 from mka_gguf.hyperparameters import add_hyperparameters, add_rope, read_config, usable_context
 from mka_gguf.quantizer import quantize
 from mka_gguf.settings import read_settings

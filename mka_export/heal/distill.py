@@ -21,7 +21,7 @@ from mka_export.models.checkpoint_writer import save_tensors
 from mka_export.models.outline import Outline
 from mka_export.models.whole import load_whole
 from mka_export.progress import Progress
-from mka_export.workspace import publish_file, seal, sealed
+from mka_export.publish import publish_file, seal, sealed
 
 HELD_OUT = 20  # one window in so many is not trained on: these say when to stop
 WARM_UP = 0.1  # of the steps

@@ -23,7 +23,7 @@ from mka_export.models.outline import Outline
 from mka_export.models.runner import LayerRunner
 from mka_export.needs import Need
 from mka_export.progress import Progress
-from mka_export.workspace import write_json
+from mka_export.publish import write_json
 
 ACTIVATIONS, LOSSES, CURVE = "activations.safetensors", "losses.json", "losses.png"
 STATISTICS_WINDOWS = 4  # whose column statistics the converters are given

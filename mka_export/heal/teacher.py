@@ -14,7 +14,7 @@ from mka_export.models.outline import Outline
 from mka_export.models.runner import LayerRunner
 from mka_export.needs import Need
 from mka_export.progress import Progress
-from mka_export.workspace import seal, sealed
+from mka_export.publish import seal, sealed
 
 TOP = 128  # most likely next tokens kept at each position; what is left of the probability counts as one more
 CHUNK_TOKENS = 16384  # whose states are in memory together

@@ -19,7 +19,7 @@ from mka_export.merge.steps import Choice, Step, merge_spans, step_from
 from mka_export.merge.trajectory import Trajectory
 from mka_export.merge.views import Views
 from mka_export.models.checkpoint_writer import save_tensors
-from mka_export.workspace import write_atomically
+from mka_export.publish import write_atomically
 
 SCREENED = 8  # of the most similar pairs, whose damage is measured
 WORST = 1e9  # damage of a merge that makes NaN or infinity

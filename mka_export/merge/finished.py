@@ -11,7 +11,7 @@ from typing import Any
 from mka_export.merge.fuse import Fused
 from mka_export.merge.steps import Step, step_from
 from mka_export.models.checkpoint_writer import save_tensors
-from mka_export.workspace import publish_file, seal, sealed
+from mka_export.publish import publish_file, seal, sealed
 
 
 class Finished:

@@ -17,7 +17,7 @@ from mka_export.merge.views import Views
 from mka_export.models.checkpoint import CONFIG, Checkpoint
 from mka_export.models.checkpoint_writer import CheckpointWriter, copy_tokenizer
 from mka_export.progress import Progress
-from mka_export.workspace import write_json
+from mka_export.publish import write_json
 
 
 def merge(views: Views, settings: Settings | Plan, finished: Finished, progress: Progress) -> None:

@@ -24,7 +24,7 @@ from mka_export.models.checkpoint import Checkpoint
 from mka_export.models.finite import on_finite_windows, require_finite
 from mka_export.models.runner import LayerRunner
 from mka_export.progress import Progress
-from mka_export.workspace import write_json
+from mka_export.publish import write_json
 
 PLAN, ACTIVATIONS, SIMILARITY = "plan.json", "activations.safetensors", "similarity.json"
 HEATMAP, HEATMAP_VECTORS = "similarity.png", "similarity.svg"

@@ -25,7 +25,7 @@ from mka_export.models.activations import Activations
 from mka_export.models.finite import check_finite
 from mka_export.models.runner import LayerRunner, Weights
 from mka_export.models.statistics import ColumnStatistics
-from mka_export.workspace import seal, sealed
+from mka_export.publish import seal, sealed
 
 
 @dataclass(frozen=True)

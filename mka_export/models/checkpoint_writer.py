@@ -14,7 +14,7 @@ from mka_export.errors import WorkspaceError
 from mka_export.models.checkpoint import INDEX, TOKENIZER_FILES, WEIGHTS
 from mka_export.models.finite import require_finite
 from mka_export.models.licence import licence_files
-from mka_export.workspace import write_json
+from mka_export.publish import write_json
 
 SHARD_BYTES = 512 << 20  # a written checkpoint is cut into files of about this size
 

@@ -24,7 +24,7 @@ from mka_export.models.gguf_tokenizer import Tokens, write_tokenizer
 from mka_export.models.outline import Outline, shapes_of
 from mka_export.needs import require_room
 from mka_export.progress import Progress
-from mka_export.workspace import write_json
+from mka_export.publish import write_json
 
 SLAB = 1 << 22  # values that are dequantized at a time
 TOKEN_BYTES = 128  # of tokenizer files for each token of a vocabulary, with its merges

@@ -18,7 +18,7 @@ from transformers.tokenization_utils_base import generate_merges
 from mka_export.errors import CheckpointError, UnsupportedError
 from mka_export.models.gguf_file import GGUFFile
 from mka_export.models.pretokenizer import pre_tokenizer
-from mka_export.workspace import write_json
+from mka_export.publish import write_json
 
 PREFIX = "tokenizer.ggml."
 SPACE = "▁"

@@ -12,7 +12,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from mka_export.models.checkpoint_writer import save_tensors
-from mka_export.workspace import publish_file
+from mka_export.publish import publish_file
 
 if TYPE_CHECKING:
     from typing_extensions import Self

@@ -9,7 +9,7 @@ from mka_export.errors import MkaError
 from mka_export.models.checkpoint import Checkpoint
 from mka_export.models.gguf_source import gguf_to_checkpoint
 from mka_export.progress import Progress
-from mka_export.workspace import clear_scratch, publish_folder
+from mka_export.publish import clear_scratch, publish_folder
 
 SEAL = "fingerprint.txt"  # beside the checkpoint's files: what Checkpoint.fingerprint was when they were made
 

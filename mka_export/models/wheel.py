@@ -15,7 +15,7 @@ from mka_export.hashes import file_sha256
 from mka_export.models.catalog import Entry
 from mka_export.models.licence import LICENCE_FILES
 from mka_export.progress import Progress
-from mka_export.workspace import clear_scratch, publish_folder
+from mka_export.publish import clear_scratch, publish_folder
 
 MAX_LICENCE = 1 << 20  # bytes
 

@@ -24,8 +24,9 @@ from mka_export.parity.mmlu.prompts import Prompt, Sheet, make_sheet
 from mka_export.parity.mmlu.questions import HUB, Subject, load_subjects, prompts_sha256, sample
 from mka_export.parity.runtimes import RUNTIME_PACKAGES, Runtime
 from mka_export.parity.tokenizer_check import first_difference, without_misread
+from mka_export.publish import write_json
 from mka_export.target import Target
-from mka_export.workspace import Workspace, published, write_json
+from mka_export.workspace import Workspace, published
 
 if TYPE_CHECKING:
     from mka_export.pipeline.job import Job

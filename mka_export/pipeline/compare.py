@@ -35,8 +35,9 @@ from mka_export.pipeline.asking import MMLU
 from mka_export.pipeline.job import PACKAGES, SAMPLED, Job, stem, versions
 from mka_export.pipeline.requests import check_merge, merge_settings
 from mka_export.pipeline.trials import Means, Trial, Trials
+from mka_export.publish import write_atomically
 from mka_export.report import draw_methods, print_methods, with_nulls
-from mka_export.workspace import Workspace, write_atomically
+from mka_export.workspace import Workspace
 
 FORMAT = "mka-export/comparison"
 COMPARISON, PICTURES = "comparison.json", ("comparison.png", "comparison.svg")

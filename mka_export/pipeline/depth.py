@@ -23,9 +23,9 @@ from mka_export.parity.statistics import Interval, bootstrap_means
 from mka_export.pipeline.job import DEPTH, Job
 from mka_export.pipeline.requests import merge_settings
 from mka_export.pipeline.trials import RESULT, Trials
+from mka_export.publish import write_json
 from mka_export.report import with_nulls
 from mka_export.target import Target, load_converter
-from mka_export.workspace import write_json
 
 
 @dataclass(frozen=True)

@@ -31,8 +31,9 @@ from mka_export.pipeline.job import EVAL, PARITY, versions
 from mka_export.pipeline.measured import FACTS
 from mka_export.pipeline.measuring import runtime_options
 from mka_export.progress import Progress
+from mka_export.publish import write_atomically, write_json
 from mka_export.report import print_evaluation, with_nulls
-from mka_export.workspace import MANIFEST, RECORD, Workspace, check_ours, write_atomically, write_json
+from mka_export.workspace import MANIFEST, RECORD, Workspace, check_ours
 
 if TYPE_CHECKING:
     from mka_export.parity.harness.tasks import Loaded

@@ -35,9 +35,10 @@ from mka_export.pipeline.job import CALIBRATION, DEPTH, NO_QUESTIONS, PARITY, SA
 from mka_export.pipeline.measured import FACTS, unmeasured
 from mka_export.pipeline.measuring import Measuring, Subject
 from mka_export.pipeline.requests import heal_settings, merge_settings
+from mka_export.publish import write_json
 from mka_export.report import CARDS, write_cards, write_reports
 from mka_export.target import Artifact, Limits, Target, load_converter
-from mka_export.workspace import RECORD, Workspace, write_json
+from mka_export.workspace import RECORD, Workspace
 
 ARTIFACT = "artifact.json"
 

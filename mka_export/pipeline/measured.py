@@ -14,9 +14,9 @@ from mka_export.parity.metrics import Scores
 from mka_export.parity.mmlu.figures import Asked, Mmlu, compare_answers
 from mka_export.parity.profile import profile
 from mka_export.parity.verdict import judge
+from mka_export.publish import write_json
 from mka_export.report import with_nulls
 from mka_export.target import Limits
-from mka_export.workspace import write_json
 
 SCORES, FACTS = "scores.npz", "parity.json"
 

@@ -23,8 +23,9 @@ from mka_export.parity.tokenizer_check import first_difference, without_misread
 from mka_export.pipeline.asking import Open
 from mka_export.pipeline.job import PARITY, Job, versions
 from mka_export.pipeline.measured import Measured, empty_facts
+from mka_export.publish import publish_folder
 from mka_export.target import Artifact, Target, load_converter
-from mka_export.workspace import kept_pieces, pieces_folder, publish_folder
+from mka_export.workspace import kept_pieces, pieces_folder
 
 SAMPLE_TOKENS = 24
 GGUF_RUNTIME = "llama.cpp"

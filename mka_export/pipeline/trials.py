@@ -24,8 +24,9 @@ from mka_export.parity.metrics import ARTIFACT, Scores, score
 from mka_export.parity.mmlu.answers import LogLetters
 from mka_export.parity.runtimes import Windows
 from mka_export.pipeline.job import Job
+from mka_export.publish import write_json
 from mka_export.report import with_nulls
-from mka_export.workspace import kept_pieces, pieces_folder, write_json
+from mka_export.workspace import kept_pieces, pieces_folder
 
 STATES = "states"  # not a stage: what all of them begin with
 RESULT = "result.json"

@@ -14,11 +14,11 @@ import yaml
 
 from mka_export.errors import MkaError
 from mka_export.needs import size
+from mka_export.publish import publish_folder
 from mka_export.report.figures import questions_source, reasons
 from mka_export.report.markdown import code, escape, table
 from mka_export.report.summary import figure_lines
 from mka_export.report.terminal import spans_text, text_source
-from mka_export.workspace import publish_folder
 
 CARDS, CARD, RESULTS = "card", "README.md", ".eval_results"
 LIBRARIES = {"llama.cpp": "gguf"}  # the hub's name of a runtime's format; the others run ONNX

@@ -6,12 +6,12 @@ from pathlib import Path
 from typing import Any
 
 from mka_export.errors import MkaError
+from mka_export.publish import publish_file, write_atomically
 from mka_export.report.card import CARDS
 from mka_export.report.document import valid_report
 from mka_export.report.junit import junit_xml
 from mka_export.report.page import report_html
 from mka_export.report.summary import summary_markdown
-from mka_export.workspace import publish_file, write_atomically
 
 REPORT, PAGE, JUNIT, SUMMARY = "report.json", "report.html", "junit.xml", "summary.md"
 REPORT_FILES = (REPORT, PAGE, JUNIT, SUMMARY, CARDS)  # names in an output folder that nothing else may have

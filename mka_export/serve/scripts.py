@@ -16,7 +16,7 @@ from mka_export.errors import ServeError
 from mka_export.hashes import file_sha256, listed_hashes
 from mka_export.models.sources import using_cache
 from mka_export.progress import Progress
-from mka_export.workspace import clear_scratch, publish_folder, write_json
+from mka_export.publish import clear_scratch, publish_folder, write_json
 
 LOCKED = Path(__file__).parent / "npm"  # package.json and its lock file, with the hash of every package
 RECORD = "scripts.json"

@@ -19,7 +19,7 @@ from transformers import AutoTokenizer
 from mka_export.errors import CheckpointError, UnsupportedError
 from mka_export.models.gguf_file import read_gguf
 from mka_export.models.gguf_tokenizer import write_tokenizer
-from mka_export.workspace import write_json
+from mka_export.publish import write_json
 
 SAMPLES = Path(__file__).parents[2] / "sample_prompts"
 Pieces = sentencepiece.SentencePieceProcessor

@@ -18,7 +18,7 @@ from mka_export.models.expected import expected_outline, fetch_need
 from mka_export.models.sources import fetch, resolve
 from mka_export.needs import Need
 from mka_export.progress import Progress
-from mka_export.workspace import write_json
+from mka_export.publish import write_json
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 QUIET = Progress(quiet=True)

@@ -17,7 +17,7 @@ from mka_export.errors import UnsupportedError
 from mka_export.parity.harness.frame import Frame
 from mka_export.parity.runtimes import Ids, LogProbs, Prefixed, Runtime
 from mka_export.progress import Progress
-from mka_export.workspace import seal, sealed
+from mka_export.publish import seal, sealed
 
 ROLLING = 2048  # tokens of a rolling window at most: all their log-probabilities are in memory
 NEW_TOKENS = 256  # where a task does not say how many, as in the harness

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from mka_export.parity.mmlu.prompts import Sheet
 from mka_export.parity.runtimes import Runtime
 from mka_export.progress import Progress
-from mka_export.workspace import seal, sealed
+from mka_export.publish import seal, sealed
 
 SUBJECTS = 8  # whose answers are kept together: what is lost when the work is killed
 
