@@ -1,8 +1,7 @@
 """Some layers become one: the simple ways.
 
 Every way takes neighbours in the model under merge, and returns the weights of the one layer that stands there
-afterwards, with the tensors and shapes of the family, and figures for the plan: the
-architecture does not change.
+afterwards, with the tensors and shapes of the family (the architecture does not change), and figures for the plan.
 """
 
 from __future__ import annotations

@@ -9,6 +9,7 @@ import math
 import multiprocessing
 import os
 import random
+import shutil
 import signal
 import sys
 import tempfile
@@ -217,6 +218,14 @@ def undisturbed(parted, tmp_path_factory) -> tuple[dict[str, bytes], int]:
     return left_alone(parted, tmp_path_factory.mktemp("undisturbed") / "out")
 
 
+@pytest.fixture(scope="session")
+def older(parted, tmp_path_factory) -> Path:
+    """The folder of a finished job with another ratio."""
+    out = tmp_path_factory.mktemp("older") / "out"
+    left_alone(parted, out, ["--ratio", "0.2", *REST])
+    return out
+
+
 @pytest.fixture
 def goes_on(parted, undisturbed, monkeypatch):
     """``goes_on(out)``: run again, and check that nothing finished is made twice and every byte is the same."""
@@ -295,10 +304,9 @@ def test_survived_kills_while_making_onnx(tmp_path):
 
 
 @pytest.mark.parametrize("instant", real(REPLACING))
-def test_survived_kill_while_replacing(instant, parted, goes_on, tmp_path):
+def test_survived_kill_while_replacing(instant, parted, older, goes_on, tmp_path):
     """kill -9 in a job with other settings than the finished one in the same folder"""
-    out = tmp_path / "out"
-    left_alone(parted, out, ["--ratio", "0.2", *REST])
+    out = Path(shutil.copytree(older, tmp_path / "out"))
     assert run_in_fork(parted, out, REPLACING[instant]) == -signal.SIGKILL
     goes_on(out, count=False)
 

@@ -113,6 +113,7 @@ def test_a_merge_goes_on_at_its_last_finished_fit(replayed, pico_llama, tmp_path
     undisturbed = merged(pico_llama, tmp_path / "undisturbed", how)
     plan = read_plan(undisturbed / "plan.json")
     assert [step.lower for step in plan.steps] == [[0, 0], [2, 2], [4, 4]]
+    how = plan if replayed else how
 
     def counted(trajectory, choice):
         fits.append(choice)
@@ -122,11 +123,11 @@ def test_a_merge_goes_on_at_its_last_finished_fit(replayed, pico_llama, tmp_path
 
     monkeypatch.setitem(METHODS, "mka", dataclasses.replace(method, fuse=counted))
     with pytest.raises(KeyboardInterrupt):
-        merged(pico_llama, tmp_path / "out", plan if replayed else how)
+        merged(pico_llama, tmp_path / "out", how)
     shutil.rmtree(tmp_path / "out")
     damaged = tmp_path / "out-pieces" / "pair-2.safetensors"
     damaged.write_bytes(damaged.read_bytes()[:-1] + b"?")
-    merged(pico_llama, tmp_path / "out", plan if replayed else how)
+    merged(pico_llama, tmp_path / "out", how)
     assert len(fits) == 3 + 2  # the first is taken as it is, the damaged and the last are made
     for name in ("model.safetensors", "plan.json", "activations.safetensors", "similarity.png"):
         assert (undisturbed / name).read_bytes() == (tmp_path / "out" / name).read_bytes(), name
