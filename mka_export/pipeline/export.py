@@ -8,16 +8,14 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from mka_export.errors import ConversionError, UsageError
+from mka_export.errors import UsageError
 from mka_export.heal.stage import LOSSES, heal_need, heal_stage
 from mka_export.inputs import CALIBRATION_WINDOW, SELF
 from mka_export.merge.choose import Settings
 from mka_export.merge.needs import merge_need
 from mka_export.merge.plan import Plan, read_plan
-from mka_export.merge.stage import ACTIVATIONS, PLAN, SIMILARITY, merge_stage
-from mka_export.models.activations import Activations, calibrate, calibration_need
+from mka_export.merge.stage import PLAN, SIMILARITY, merge_stage
+from mka_export.models.activations import calibration_need
 from mka_export.models.checkpoint import Checkpoint, read_json
 from mka_export.models.expected import expected_outline, fetch_need
 from mka_export.models.outline import Outline
@@ -32,15 +30,13 @@ from mka_export.pipeline.asking import MMLU
 from mka_export.pipeline.depth import AutoRatio
 from mka_export.pipeline.forecast import Forecast, left_to_do
 from mka_export.pipeline.job import CALIBRATION, DEPTH, NO_QUESTIONS, PARITY, SAMPLED, Job, made_with, show, stem
-from mka_export.pipeline.measured import FACTS, unmeasured
-from mka_export.pipeline.measuring import Measuring, Subject
+from mka_export.pipeline.making import Making, named, target_inputs
+from mka_export.pipeline.measured import FACTS
 from mka_export.pipeline.requests import heal_settings, merge_settings
 from mka_export.publish import write_json
 from mka_export.report import CARDS, write_cards, write_reports
-from mka_export.target import Artifact, Limits, Target, load_converter
+from mka_export.target import Limits, Target, load_converter
 from mka_export.workspace import RECORD, Workspace
-
-ARTIFACT = "artifact.json"
 
 
 class Export(Job):
@@ -81,7 +77,7 @@ class Export(Job):
         self.auto = AutoRatio(self, merge, targets) if merge and merge.ratio == AUTO else None
         made = [DEPTH, MERGED, HEALED] if merge else [CALIBRATION]
         self.spare_the_model(SAMPLED, *made, PARITY, QUANTIZED, MMLU, CARDS, *(target.name for target in targets))
-        self._measuring, self._attribute = Measuring(self), attribute
+        self._making, self._attribute = Making(self, attribute=attribute), attribute
         self._merge_report: dict[str, Any] | None = None
         self._heal_report: dict[str, Any] | None = None
 
@@ -152,7 +148,8 @@ class Export(Job):
             needs = self._needs(target, model, shallow)
             if not searches:
                 target.require_budget(needs[target.name])
-                known[target.name] = {**made_with(*target.packages), **_target_inputs(self._named(target, layers))}
+                file = named(target, self.source.name, None if self.planned is None else layers)
+                known[target.name] = {**made_with(*target.packages), **target_inputs(file)}
             stages |= needs
         if self.asking.wanted:
             largest = max(need.kept for need in stages.values()) if stages else 0
@@ -294,8 +291,7 @@ class Export(Job):
 
     def make(self) -> list[dict[str, Any]]:
         """Make and measure every target; returns their entries in the report."""
-        checkpoint = [self.original, *self.lineage.values()][-1]
-        return [self._target(checkpoint, target) for target in self.targets]
+        return [self._making.entry(target, self.lineage) for target in self.targets]
 
     def finish(self, targets: list[dict[str, Any]]) -> int:
         """Write reports, cards and manifest, print the report; returns the exit code."""
@@ -310,64 +306,6 @@ class Export(Job):
         self.write_manifest()
         return show(report, as_json=self.output.json)
 
-    def _target(self, checkpoint: Checkpoint, target: Target) -> dict[str, Any]:
-        target = self._named(target, checkpoint.num_layers)
-        activations = self._activations(checkpoint) if target.activations else None
-        calibration = torch.from_numpy(self.calibration.ids) if target.calibration else None
-        converter = load_converter(target.converter)
-        inputs = {
-            **self.inputs(checkpoint, *target.packages),
-            **_target_inputs(target),
-            "activations": activations and [activations.calibration, activations.tokens],
-            "calibration": self.calibration.sha256 if target.calibration else None,
-        }
-
-        def make(folder: Path, pieces: Path) -> None:
-            made = converter.convert(
-                checkpoint,
-                target,
-                folder,
-                pieces,
-                activations=activations,
-                calibration=calibration,
-                progress=self.progress,
-            )
-            fields = {"path": made.path.name, "files": made.files, "nbytes": made.nbytes, "details": made.details}
-            write_json(folder / ARTIFACT, fields)
-
-        try:
-            need = converter.need(Outline.of_checkpoint(checkpoint), target)
-            target.require_budget(need)
-            stage = self.workspace.stage(target.name, inputs, make, kind=ARTIFACT)
-        except ConversionError as error:
-            self.progress.say(f"{target.name}: {error}")
-            failed = unmeasured(target.runtime, str(error)).judged(target.conversion, target.compression)
-            return {"name": target.name, "artifact": None, "budget": None, **failed}
-        made = read_json(stage.path / ARTIFACT)
-        artifact = Artifact(stage.path / made["path"], tuple(made["files"]), made["nbytes"], made["details"])
-        subject = Subject(target, artifact, stage.files, dict(self.lineage), self._attribute)
-        entry = self._measuring.entry(subject)
-        if target.budget is not None:
-            taken = target.budget.taken(artifact.nbytes, need.cache)
-            entry["budget"] = {**dataclasses.asdict(target.budget), "taken": taken}
-        return entry
-
-    def _named(self, target: Target, layers: int) -> Target:
-        """Return a target whose file is called after the model, and after its layers where some were merged."""
-        name = stem(self.source.name) + (f"-{layers}L" if self.planned is not None else "")
-        return dataclasses.replace(target, options={"file_stem": name, **target.options})
-
-    def _activations(self, checkpoint: Checkpoint) -> Activations:
-        if checkpoint is not self.original:
-            return Activations.load(checkpoint.path / ACTIVATIONS)
-
-        def make(folder: Path, pieces: Path) -> None:
-            ids = torch.from_numpy(self.calibration.ids)
-            calibrate(self.runner, ids, self.calibration.sha256, self.progress).save(folder / ACTIVATIONS)
-
-        inputs = {**self.inputs(checkpoint), "calibration": self.calibration.sha256}
-        return Activations.load(self.workspace.stage(CALIBRATION, inputs, make).path / ACTIVATIONS)
-
     def write_manifest(self) -> None:
         """Record what was made from what."""
         self.workspace.write_manifest(self.about())
@@ -376,9 +314,3 @@ class Export(Job):
 def _merge_inputs(settings: Settings | Plan) -> dict[str, Any]:
     """Return what of its settings a merge depends on."""
     return {"merge": settings.to_dict() if isinstance(settings, Plan) else dataclasses.asdict(settings)}
-
-
-def _target_inputs(target: Target) -> dict[str, Any]:
-    """Return what of a target an artifact depends on."""
-    options = dict(target.options)
-    return {"target": {"converter": target.converter, "precision": target.precision, "options": options}}
