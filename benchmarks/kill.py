@@ -18,6 +18,8 @@ import click
 from job import COMMAND
 
 from mka_export.hashes import file_sha256
+from mka_export.pipeline.job import PARITY
+from mka_export.report.card import CARD, CARDS
 from mka_export.workspace import LOCK, RECORD, read_record
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
@@ -60,9 +62,12 @@ def stage_of(out: Path) -> str:
 
 
 def half_made(out: Path) -> list[str]:
-    """Return the folders under a final name that are not whole."""
-    folders = [p for p in (*out.glob("[!.]*"), *out.glob("parity/[!.]*")) if p.is_dir() and p != out / "parity"]
-    return [folder.name for folder in folders if not is_whole(folder)]
+    """Return the folders under a final name that are not whole: of stages, and of model cards, which have no record."""
+    stages = [
+        p for p in (*out.glob("[!.]*"), *out.glob("parity/[!.]*")) if p.is_dir() and p.name not in (PARITY, CARDS)
+    ]
+    cards = [p for p in out.glob(f"{CARDS}/[!.]*") if not (p / CARD).is_file()]
+    return [folder.relative_to(out).as_posix() for folder in (*(p for p in stages if not is_whole(p)), *cards)]
 
 
 def is_whole(folder: Path) -> bool:
