@@ -100,7 +100,10 @@ def _in_features(blocks: Blocks, rows: int, prior: Tensor, strength: float) -> F
     gram.mul_(1 / scale).mul_(1 / scale[:, None])
     gram.diagonal().add_(strength)
     cross.mul_(1 / scale[:, None])
-    change = _solve(gram, cross)
+    factor = _factor(gram, cross)
+    del gram  # solving copies the factor
+    change = torch.cholesky_solve(cross, factor)
+    del factor
     # ‖A Δᵀ − residual‖² by the equations that Δ solves.
     left = before - float((change * cross).sum(dtype=torch.float64)) - strength * sum_of_squares(change)
     change /= scale[:, None]
@@ -140,9 +143,11 @@ def ridge_in_parts(parts: Sequence[Part], targets: Tensor, strength: float) -> I
         for start in range(0, len(a), _COLUMNS):
             kernel[start:, start : start + _COLUMNS].addmm_(a[start:], a[start : start + _COLUMNS].T)
     kernel.diagonal().add_(1.0)
-    left = _solve(kernel, targets)
-    unexplained = sum_of_squares(left) / energy
+    factor = _factor(kernel, targets)
     del kernel
+    left = torch.cholesky_solve(targets, factor)
+    del factor
+    unexplained = sum_of_squares(left) / energy
     for number in reversed(range(len(parts))):
         if a is None:
             a = parts[number].features()
@@ -164,9 +169,14 @@ def sum_of_squares(values: Tensor) -> float:
     return float(values.square().sum(dtype=torch.float64))
 
 
-def _solve(matrix: Tensor, right: Tensor) -> Tensor:
-    """Solve for a positive definite matrix, of which the lower triangle is read."""
+def _factor(matrix: Tensor, right: Tensor) -> Tensor:
+    """Return the Cholesky factor of a positive definite matrix, of which the lower triangle is read.
+
+    Raises:
+        MakesNaN: it is none, or what is to be solved for holds NaN or infinity.
+    """
+    factor: Tensor
     factor, failed = torch.linalg.cholesky_ex(matrix)
     if int(failed) != 0 or not bool(torch.isfinite(right).all()):
         raise MakesNaN("a least-squares fit met NaN or infinity", "The model is damaged or needs another precision.")
-    return torch.cholesky_solve(right, factor)
+    return factor
