@@ -193,6 +193,10 @@ def test_merging_alone_says_what_was_lost(model, tmp_path):
     assert [step["name"] for step in found["steps"]] == ["original", "artifact"]
     assert "to the original's: " in result.stderr.splitlines()[-2]
     assert result.stdout == f"{tmp_path / 'out' / 'merged'}\n"
+    said = json.loads(type_in("merge", model, *MERGE, "--out", tmp_path / "out", "--json", *SMALL).stdout)
+    assert (said["path"], said["parity"]) == (str(tmp_path / "out" / "merged"), found)
+    assert said["merge"]["layers_after"] == 4
+    assert said["heal"] is None
 
 
 def test_an_exploded_perplexity_is_said_even_if_nothing_else_is(model, tmp_path, monkeypatch):

@@ -76,7 +76,7 @@ def merge_only(
     output: OutputOptions,
     preview: PreviewOptions,
 ) -> int:
-    """Merge a model, and heal it if that is asked for; prints the checkpoint's folder, and on stderr what it lost."""
+    """Merge a model, and heal it if that is asked for; prints the checkpoint's folder or all of it as JSON, on stderr the loss."""
     check_merge(merge)
     check_limit(merge, heal, [], texts)
     export = Export(model, merge, heal, [], texts, device, output, "mka")
@@ -88,7 +88,7 @@ def merge_only(
         lost = export.judge(made)
         export.write_manifest()
         print_loss(lost, Console(stderr=True, soft_wrap=True), quiet=output.quiet)
-        print(made.path)
+        print(json.dumps(export.describe(made, lost), indent=2, ensure_ascii=False) if output.json else made.path)
         return 0
 
     return _carry_out(export, preview, work)

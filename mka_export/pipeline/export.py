@@ -277,6 +277,10 @@ class Export(Job):
 
         return read_json(self.workspace.stage(f"{PARITY}/{name}", inputs, make).path / FACTS)
 
+    def describe(self, checkpoint: Checkpoint, lost: dict[str, Any]) -> dict[str, Any]:
+        """Return what is said of a checkpoint that is all that was made, for JSON; ``lost`` is what ``judge`` returned."""
+        return {"path": str(checkpoint.path), "merge": self._merge_report, "heal": self._heal_report, "parity": lost}
+
     def _settings(self, options: MergeOptions, family: str, layers: int) -> Settings | Plan:
         if options.plan is None:
             return self.auto.merge() if self.auto and self.auto.depth else merge_settings(options, layers)
