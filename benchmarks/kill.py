@@ -63,9 +63,8 @@ def stage_of(out: Path) -> str:
 
 def half_made(out: Path) -> list[str]:
     """Return the folders under a final name that are not whole: of stages, and of model cards, which have no record."""
-    stages = [
-        p for p in (*out.glob("[!.]*"), *out.glob("parity/[!.]*")) if p.is_dir() and p.name not in (PARITY, CARDS)
-    ]
+    folders = [p for p in (*out.glob("[!.]*"), *out.glob(f"{PARITY}/[!.]*")) if p.is_dir()]
+    stages = [p for p in folders if p.name not in (PARITY, CARDS)]
     cards = [p for p in out.glob(f"{CARDS}/[!.]*") if not (p / CARD).is_file()]
     return [folder.relative_to(out).as_posix() for folder in (*(p for p in stages if not is_whole(p)), *cards)]
 

@@ -259,8 +259,6 @@ def models() -> None:
 @click.option("--json", "as_json", is_flag=True, help="Print that as JSON.")
 def targets(model: str | None, as_json: bool) -> None:
     """List the targets."""
-    import json
-
     from mka_export.errors import UsageError
     from mka_export.report.listing import print_offers, print_targets
 
@@ -270,9 +268,10 @@ def targets(model: str | None, as_json: bool) -> None:
         print_targets()
         return
     from mka_export.pipeline.offers import offers
+    from mka_export.report import print_json
 
     found = [offer.to_dict() for offer in offers(model)]
     if as_json:
-        click.echo(json.dumps(found, indent=2, ensure_ascii=False))
+        print_json(found)
     else:
         print_offers(found)

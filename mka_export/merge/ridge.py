@@ -103,7 +103,6 @@ def _in_features(blocks: Blocks, rows: int, prior: Tensor, strength: float) -> F
     factor = _factor(gram, cross)
     del gram  # solving copies the factor
     change = torch.cholesky_solve(cross, factor)
-    del factor
     # ‖A Δᵀ − residual‖² by the equations that Δ solves.
     left = before - float((change * cross).sum(dtype=torch.float64)) - strength * sum_of_squares(change)
     change /= scale[:, None]

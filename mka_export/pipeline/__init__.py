@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -30,7 +29,7 @@ from mka_export.pipeline.export import Export
 from mka_export.pipeline.job import SAMPLED, Job, stem
 from mka_export.pipeline.machine import examine
 from mka_export.pipeline.requests import check_limit, check_merge, load_targets
-from mka_export.report import print_forecast, print_loss, print_machine
+from mka_export.report import print_forecast, print_json, print_loss, print_machine
 from mka_export.workspace import Workspace
 
 SIMILARITIES = "similarity"  # a stage folder
@@ -76,7 +75,7 @@ def merge_only(
     output: OutputOptions,
     preview: PreviewOptions,
 ) -> int:
-    """Merge a model, and heal it if that is asked for; prints the checkpoint's folder or all of it as JSON, on stderr the loss."""
+    """Merge a model, and heal it if that is asked for; prints its folder, or JSON, and on stderr what was lost."""
     check_merge(merge)
     check_limit(merge, heal, [], texts)
     export = Export(model, merge, heal, [], texts, device, output, "mka")
@@ -88,7 +87,10 @@ def merge_only(
         lost = export.judge(made)
         export.write_manifest()
         print_loss(lost, Console(stderr=True, soft_wrap=True), quiet=output.quiet)
-        print(json.dumps(export.describe(made, lost), indent=2, ensure_ascii=False) if output.json else made.path)
+        if output.json:
+            print_json(export.describe(made, lost))
+        else:
+            print(made.path)
         return 0
 
     return _carry_out(export, preview, work)
@@ -117,7 +119,7 @@ def _carry_out(export: Export, preview: PreviewOptions, work: Callable[[], int])
             return work()
     forecast = export.forecast()
     if export.output.json:
-        print(json.dumps(forecast, indent=2, ensure_ascii=False))
+        print_json(forecast)
     else:
         print_forecast(forecast, Console())
     return 1 if forecast["shortfalls"] else 0
@@ -137,7 +139,7 @@ def doctor(model: str | None, ratio: float | None, to: tuple[str, ...], *, as_js
         raise UsageError("--ratio and --to are for a MODEL", "For example: mka-export doctor llama3-8b --to gguf-q4")
     machine = examine()
     if as_json:
-        print(json.dumps({"machine": machine, "job": forecast}, indent=2, ensure_ascii=False))
+        print_json({"machine": machine, "job": forecast})
     else:
         print_machine(machine, Console())
         if forecast is not None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -36,7 +35,7 @@ from mka_export.pipeline.job import PACKAGES, SAMPLED, Job, stem, versions
 from mka_export.pipeline.requests import check_merge, merge_settings
 from mka_export.pipeline.trials import Means, Trial, Trials
 from mka_export.publish import write_atomically
-from mka_export.report import draw_methods, print_methods, with_nulls
+from mka_export.report import draw_methods, print_json, print_methods, with_nulls
 from mka_export.workspace import Workspace
 
 FORMAT = "mka-export/comparison"
@@ -117,7 +116,7 @@ class Compare(Job):
             draw_methods(found, [self.workspace.path / name for name in PICTURES])
             self.workspace.write_manifest(self.about())
         if self.output.json:
-            print(json.dumps(found, indent=2, ensure_ascii=False))
+            print_json(found)
         else:
             print_methods(found)
             print(self.workspace.path)

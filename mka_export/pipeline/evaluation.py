@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass, replace
@@ -32,7 +31,7 @@ from mka_export.pipeline.measured import FACTS
 from mka_export.pipeline.measuring import runtime_options
 from mka_export.progress import Progress
 from mka_export.publish import write_atomically, write_json
-from mka_export.report import print_evaluation, with_nulls
+from mka_export.report import print_evaluation, print_json, with_nulls
 from mka_export.workspace import MANIFEST, RECORD, Workspace, check_ours
 
 if TYPE_CHECKING:
@@ -104,7 +103,7 @@ class Evaluation:
             write_atomically(self._workspace.path / EVALUATION, found)
             self._workspace.write_manifest(_about(self._workspace.path))
         if self._output.json:
-            print(json.dumps(found, indent=2, ensure_ascii=False))
+            print_json(found)
         else:
             print_evaluation(found, Console())
         return 1 if any(model["error"] for model in found["models"]) else 0

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import resource
 import sys
 from dataclasses import asdict, replace
@@ -34,7 +33,7 @@ from mka_export.parity.verdict import EXIT_CODES, worst
 from mka_export.pipeline.asking import Asking
 from mka_export.pipeline.forecast import BASE_BYTES, free_memory
 from mka_export.progress import Progress
-from mka_export.report import print_report
+from mka_export.report import print_json, print_report
 from mka_export.workspace import Stage, Workspace, check_ours
 
 SAMPLED, CALIBRATION, DEPTH, PARITY = "sampled", "calibration", "depth", "parity"  # stages, besides the checkpoints'
@@ -291,7 +290,7 @@ class Job:
 def show(report: dict[str, Any], *, as_json: bool) -> int:
     """Print a report on stdout, as a table or as JSON; returns the exit code."""
     if as_json:
-        print(json.dumps(report, indent=2, ensure_ascii=False))
+        print_json(report)
     else:
         print_report(report, Console())
     if any(t["artifact"] is None for t in report["targets"]):

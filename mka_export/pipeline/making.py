@@ -43,7 +43,7 @@ class Making:
         """
         job, checkpoint = self._job, [self._job.original, *lineage.values()][-1]
         target = named(target, job.source.name, checkpoint.num_layers if lineage else None)
-        activations = self._activations(lineage) if target.activations else None
+        activations = self._activations(checkpoint) if target.activations else None
         calibration = torch.from_numpy(job.calibration.ids) if target.calibration else None
         converter = load_converter(target.converter)
         inputs = {
@@ -83,17 +83,17 @@ class Making:
             entry["budget"] = {**dataclasses.asdict(target.budget), "taken": taken}
         return entry
 
-    def _activations(self, lineage: Mapping[str, Checkpoint]) -> Activations:
+    def _activations(self, checkpoint: Checkpoint) -> Activations:
         """Return those of what is converted: kept with a checkpoint that was made, else of one more pass."""
         job = self._job
-        if lineage:
-            return Activations.load([*lineage.values()][-1].path / ACTIVATIONS)
+        if checkpoint is not job.original:
+            return Activations.load(checkpoint.path / ACTIVATIONS)
 
         def make(folder: Path, pieces: Path) -> None:
             ids = torch.from_numpy(job.calibration.ids)
             calibrate(job.runner, ids, job.calibration.sha256, job.progress).save(folder / ACTIVATIONS)
 
-        inputs = {**job.inputs(job.original), "calibration": job.calibration.sha256}
+        inputs = {**job.inputs(checkpoint), "calibration": job.calibration.sha256}
         return Activations.load(job.workspace.stage(CALIBRATION, inputs, make).path / ACTIVATIONS)
 
 

@@ -6,7 +6,7 @@ from mka_export.report.evaluation import print_evaluation
 from mka_export.report.files import REPORT, REPORT_FILES, write_reports
 from mka_export.report.machine import print_forecast, print_machine
 from mka_export.report.methods import draw_methods, print_methods
-from mka_export.report.terminal import print_loss, print_report
+from mka_export.report.terminal import print_json, print_loss, print_report
 
 __all__ = [
     "CARDS",
@@ -15,6 +15,7 @@ __all__ = [
     "draw_methods",
     "print_evaluation",
     "print_forecast",
+    "print_json",
     "print_loss",
     "print_machine",
     "print_methods",

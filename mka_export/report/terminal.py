@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterator, Mapping
 from itertools import groupby
@@ -18,6 +19,11 @@ STYLES = {"pass": "bold white on green", "fail": "bold white on red", "inconclus
 COLOURS = {"pass": "green", "fail": "red", "inconclusive": "yellow"}
 NONE = "–"
 SAMPLES = 4  # that are shown; the report has all
+
+
+def print_json(found: object) -> None:
+    """Print on stdout what a command found, for a machine to read."""
+    print(json.dumps(found, indent=2, ensure_ascii=False))
 
 
 def print_report(report: Mapping[str, Any], console: Console) -> None:
