@@ -8,21 +8,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from click.testing import CliRunner, Result
+from command import type_in
 from mmlu_data import write_mmlu
 from pico import make_pico
 
-from mka_export.cli import main
 from mka_export.models.checkpoint import Checkpoint
 from mka_export.models.outline import Outline
 from mka_export.target import load_converter, load_target
 
 SMALL = ["--windows", "6", "--window-tokens", "64", "--calibration-tokens", "1024", "--device", "cpu", "--quiet"]
 RUN = ["--ratio", "0.25", "--protect", "1", "--to", "gguf-q4", "--attribute", *SMALL, "--json"]
-
-
-def type_in(*arguments: object) -> Result:
-    return CliRunner().invoke(main, [str(a) for a in arguments])
 
 
 @pytest.fixture(scope="module")

@@ -10,10 +10,9 @@ import datasets
 import numpy as np
 import pytest
 import torch
-from click.testing import CliRunner, Result
+from command import type_in
 from transformers import AutoModelForCausalLM
 
-from mka_export.cli import main
 from mka_export.errors import SourceError, UsageError
 from mka_export.models.dataset import dataset_text
 from mka_export.models.sampling import sample_windows
@@ -23,10 +22,6 @@ from mka_export.progress import Progress
 SMALL = ["--windows", "6", "--window-tokens", "64", "--calibration-tokens", "1024", "--device", "cpu", "--quiet"]
 MERGE = ["--ratio", "0.3", "--protect", "1"]
 QUIET = Progress(quiet=True)
-
-
-def type_in(*arguments: object) -> Result:
-    return CliRunner().invoke(main, [str(a) for a in arguments])
 
 
 def test_sampled_text_follows_the_models_probabilities(pico_llama):

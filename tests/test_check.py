@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from click.testing import CliRunner, Result
+from click.testing import Result
+from command import type_in
 from mmlu_data import write_mmlu
 from pico import REPOSITORY
 
-from mka_export.cli import main
 from mka_export.data import data_folder
 from mka_export.options import MmluOptions, TextOptions
 from mka_export.pipeline import measuring
@@ -43,10 +43,6 @@ source = "mmlu"
 questions = 9
 shots = 1
 """
-
-
-def type_in(*arguments: object) -> Result:
-    return CliRunner().invoke(main, [str(a) for a in arguments])
 
 
 @pytest.fixture(scope="module")

@@ -18,20 +18,16 @@ import llama_cpp
 import numpy as np
 import pytest
 import torch
-from click.testing import CliRunner, Result
+from click.testing import Result
+from command import type_in
 from transformers import AutoModelForCausalLM
 
-from mka_export.cli import main
 from mka_export.models.runner import LayerRunner
 from mka_export.parity import verdict
 from mka_export.pipeline import measuring
 
 SMALL = ["--windows", "6", "--window-tokens", "64", "--calibration-tokens", "1024", "--device", "cpu", "--quiet"]
 MERGE = ["--ratio", "0.3", "--protect", "1"]
-
-
-def type_in(*arguments: object) -> Result:
-    return CliRunner().invoke(main, [str(a) for a in arguments])
 
 
 def files_of(folder: Path) -> dict[str, bytes]:

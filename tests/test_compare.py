@@ -10,7 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from click.testing import CliRunner, Result
+from click.testing import CliRunner
+from command import type_in
 from transformers import AutoModelForCausalLM
 
 from mka_export.cli import main
@@ -23,10 +24,6 @@ from mka_export.options import TextOptions
 
 SMALL = ["--windows", "6", "--window-tokens", "64", "--calibration-tokens", "1024", "--device", "cpu"]
 RATIOS = ["--ratios", "0.17,0.34", "--protect", "1"]
-
-
-def type_in(*arguments: object) -> Result:
-    return CliRunner().invoke(main, [str(a) for a in arguments])
 
 
 def comparison(model: Path, out: Path, *arguments: object) -> dict:

@@ -11,11 +11,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from click.testing import CliRunner, Result
+from command import type_in
 from mmlu_data import write_mmlu
 from transformers import AutoModelForCausalLM
 
-from mka_export.cli import main
 from mka_export.data import data_folder
 from mka_export.errors import MkaError, UsageError
 from mka_export.inputs import read_texts, windows_of
@@ -32,10 +31,6 @@ from mka_export.target import load_converter, load_target
 SMALL = ["--windows", "6", "--window-tokens", "64", "--calibration-tokens", "1024", "--device", "cpu"]
 AUTO = ["--ratio", "auto", "--protect", "1", "--to", "gguf-f16"]
 LOOSE = ["--conversion-max-mean-kl", "1"]
-
-
-def type_in(*arguments: object) -> Result:
-    return CliRunner().invoke(main, [str(a) for a in arguments])
 
 
 @pytest.fixture(autouse=True, scope="module")

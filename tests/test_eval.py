@@ -7,18 +7,13 @@ import shutil
 from pathlib import Path
 
 import pytest
-from click.testing import CliRunner, Result
+from command import type_in
 from local_tasks import DOCUMENTS, PIQA, ROLLING, write_task
 
-from mka_export.cli import main
 from mka_export.pipeline import evaluation
 from mka_export.report.terminal import number
 
 SMALL = ["--windows", "6", "--window-tokens", "64", "--calibration-tokens", "1024", "--quiet"]
-
-
-def type_in(*arguments: object) -> Result:
-    return CliRunner().invoke(main, [str(a) for a in arguments])
 
 
 @pytest.fixture(autouse=True)

@@ -12,11 +12,10 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
-from click.testing import CliRunner, Result
+from command import type_in
 from mka_gguf.settings import PRECISIONS
 from pico import make_pico
 
-from mka_export.cli import main
 from mka_export.models.checkpoint import Checkpoint
 from mka_export.models.outline import Outline
 from mka_export.needs import GB, Need, disk_peak, free_bytes, require_room
@@ -26,10 +25,6 @@ from mka_export.target import Limits, Target, load_converter
 
 SMALL = ["--windows", "4", "--window-tokens", "64", "--calibration-tokens", "2048", "--device", "cpu", "--quiet"]
 LOOSE = ["--max-ppl-ratio", "50", "--conversion-max-mean-kl", "5", "--conversion-max-ppl-ratio", "50"]
-
-
-def type_in(*arguments: object) -> Result:
-    return CliRunner().invoke(main, [str(a) for a in arguments])
 
 
 @pytest.fixture(scope="module")

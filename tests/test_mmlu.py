@@ -11,11 +11,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from click.testing import CliRunner, Result
+from click.testing import Result
+from command import type_in
 from mmlu_data import write_mmlu
 from transformers import AutoModelForCausalLM
 
-from mka_export.cli import main
 from mka_export.models.tokenizer import load_tokenizer, text_ids
 from mka_export.parity.mmlu.prompts import make_sheet
 from mka_export.parity.mmlu.questions import load_subjects, sample
@@ -24,10 +24,6 @@ from mka_export.pipeline import measuring
 
 SMALL = ["--windows", "6", "--window-tokens", "64", "--calibration-tokens", "1024", "--device", "cpu", "--quiet"]
 ASKED = ["--mmlu-questions", "24", "--mmlu-shots", "1", "--mmlu-seed", "3"]
-
-
-def type_in(*arguments: object) -> Result:
-    return CliRunner().invoke(main, [str(a) for a in arguments])
 
 
 @pytest.fixture(scope="module")

@@ -10,14 +10,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-from click.testing import CliRunner
+from command import type_in
 
-from mka_export.cli import main
 from mka_export.pipeline.asking import read_asked
 
 pytestmark = pytest.mark.real
 SUBJECTS = ("marketing", "sociology", "us_foreign_policy")
-ASKED = ["--mmlu-questions", "57", "--windows", "5", "--window-tokens", "64", "--quiet"]
+ASKED = ["--windows", "5", "--window-tokens", "64", "--quiet"]
 
 
 @pytest.fixture(scope="module")
@@ -34,8 +33,9 @@ def questions(shared_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
 @pytest.fixture(scope="module")
 def done(real_qwen: Path, questions: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("qwen") / "out"
-    command = ["convert", real_qwen, "--to", "gguf-f16", "--to", "onnx-fp32", "--mmlu", questions, *ASKED, "--out", out]
-    result = CliRunner().invoke(main, [str(part) for part in command])
+    command = ["convert", real_qwen, "--to", "gguf-f16", "--to", "onnx-fp32", "--mmlu", questions, *ASKED]
+    command += ["--mmlu-questions", "57", "--out", out]
+    result = type_in(*command)
     assert result.exit_code in (0, 4), result.output  # so few questions may leave it open
     return out
 
@@ -70,7 +70,8 @@ def test_without_examples_it_guesses_which_is_said(
 ) -> None:
     (artifact,) = (done / "gguf-f16").glob("*.gguf")
     command = ["check", artifact, "--against", real_qwen, "--mmlu", questions, "--mmlu-shots", "0", *ASKED]
-    result = CliRunner().invoke(main, [str(part) for part in [*command, "--out", tmp_path / "out"]])
+    command += ["--mmlu-questions", "30", "--out", tmp_path / "out"]
+    result = type_in(*command)
     assert result.exit_code in (0, 4), result.output
     (target,) = report(tmp_path / "out")["targets"]
     warnings = " ".join(target["warnings"])

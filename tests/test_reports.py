@@ -10,10 +10,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from click.testing import CliRunner, Result
+from command import type_in
 from mmlu_data import write_mmlu
 
-from mka_export.cli import main
 from mka_export.parity.metrics import Scores
 from mka_export.pipeline import measuring
 from mka_export.pipeline.measured import Measured
@@ -22,10 +21,6 @@ SMALL = ["--windows", "8", "--window-tokens", "64", "--device", "cpu", "--quiet"
 ASKED = ["--mmlu-questions", "40", "--mmlu-shots", "1"]
 LIMITS = ["--max-ppl-ratio", "1.5", "--max-mean-kl", "0.01", "--min-top1", "0.5"]
 SHARDS = 3
-
-
-def type_in(*arguments: object) -> Result:
-    return CliRunner().invoke(main, [str(a) for a in arguments])
 
 
 @pytest.fixture(scope="module")

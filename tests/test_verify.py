@@ -7,13 +7,12 @@ import json
 from pathlib import Path
 
 import pytest
-from click.testing import CliRunner, Result
-
-from mka_export.cli import main
+from click.testing import Result
+from command import type_in
 
 
 def verify(folder: Path) -> Result:
-    return CliRunner().invoke(main, ["verify", str(folder), "--quiet"])
+    return type_in("verify", folder, "--quiet")
 
 
 def test_verify_stays_in_the_folder(tmp_path):

@@ -122,8 +122,13 @@ class Checkpoint:
 
     def layer(self, index: int, *names: str) -> dict[str, Tensor]:
         """Read tensors of layer ``index``, those called ``names`` or all: name inside the layer -> tensor."""
-        found = {self.architecture.split(name)[1]: name for name in self.layer_names(index)}
-        return {inside: self.tensor(name) for inside, name in found.items() if not names or inside in names}
+        wanted = {self.architecture.split(name)[1]: name for name in self.layer_names(index)}
+        wanted = {inside: name for inside, name in wanted.items() if not names or inside in names}
+        found: dict[str, Tensor] = {}
+        for shard in {self.shards[name] for name in wanted.values()}:  # opening one reads its header
+            with _opened(self.path / shard) as f:
+                found |= {i: f.get_tensor(name) for i, name in wanted.items() if self.shards[name] == shard}
+        return {inside: found[inside] for inside in wanted}
 
     def layer_names(self, index: int) -> list[str]:
         """Return the names of the tensors of layer ``index``."""

@@ -11,11 +11,10 @@ from contextlib import closing
 from pathlib import Path
 
 import pytest
-from click.testing import CliRunner
+from command import type_in
 from exact import with_exact_activations
 from ties import NEAR, require_same_or_a_tie
 
-from mka_export.cli import main
 from mka_export.models.text import sample_prompts
 from mka_export.parity.runtimes import Runtime
 from mka_export.parity.runtimes.llama_cpp_runtime import LlamaCppRuntime
@@ -61,7 +60,7 @@ def generate(request: pytest.FixtureRequest) -> Generate:
 def gguf(real_smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("gguf") / "out"
     arguments = ["convert", real_smollm2, "--to", "gguf-q4", "--out", out, "--windows", "2", "--window-tokens", "16"]
-    CliRunner().invoke(main, [*map(str, arguments), "--quiet"])
+    type_in(*arguments, "--quiet")
     (path,) = out.glob("gguf-q4/*.gguf")
     return path
 

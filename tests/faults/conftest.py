@@ -7,7 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from fault_tools import DONE, LOOSE, MERGE, SMALL, contents, type_in
+from command import type_in
+from fault_tools import DONE, LOOSE, MERGE, SMALL, contents
 
 Refused = Callable[..., str]
 

@@ -1,21 +1,13 @@
-"""What the tests of faults share: how a command is typed, and what is small enough for a test."""
+"""What the tests of faults share: what is small enough for a test, and what is in a folder."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from click.testing import CliRunner, Result
-
-from mka_export.cli import main
-
 SMALL = ["--windows", "4", "--window-tokens", "64", "--calibration-tokens", "512", "--device", "cpu"]
 LOOSE = ["--max-ppl-ratio", "50", "--conversion-max-mean-kl", "5", "--conversion-max-ppl-ratio", "50"]
 DONE = (0, 4)  # so little text may leave the verdict open
 MERGE = ["--ratio", "0.2", "--protect", "1"]
-
-
-def type_in(*arguments: object) -> Result:
-    return CliRunner().invoke(main, [str(a) for a in arguments])
 
 
 def contents(folder: Path) -> dict[str, bytes]:

@@ -10,7 +10,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from fault_tools import DONE, LOOSE, MERGE, SMALL, contents, type_in
+from command import type_in
+from fault_tools import DONE, LOOSE, MERGE, SMALL, contents
 from onnx import TensorProto, helper, save
 
 FALLBACK = [*MERGE, "--to", "gguf-q4", *SMALL, *LOOSE]

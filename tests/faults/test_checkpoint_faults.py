@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 import torch
-from fault_tools import DONE, LOOSE, MERGE, SMALL, type_in
+from command import type_in
+from fault_tools import DONE, LOOSE, MERGE, SMALL
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 

@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from fault_tools import type_in
+from command import type_in
 from local_tasks import PIQA, WRITTEN, write_task
 
 GREEDY = "max_gen_toks: 40\n"

@@ -22,7 +22,8 @@ from types import ModuleType, SimpleNamespace
 
 import psutil
 import pytest
-from fault_tools import DONE, LOOSE, MERGE, SMALL, contents, type_in
+from command import type_in
+from fault_tools import DONE, LOOSE, MERGE, SMALL, contents
 from mka_gguf import conversion
 from mka_onnx import conversion as onnx_conversion
 from pico import make_pico

@@ -7,7 +7,8 @@ import shutil
 from pathlib import Path
 
 import pytest
-from fault_tools import MERGE, SMALL, contents, type_in
+from command import type_in
+from fault_tools import MERGE, SMALL, contents
 
 TO = ["--to", "gguf-q4"]
 CASES: dict[str, tuple[list[str], str]] = {

@@ -15,7 +15,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from fault_tools import DONE, LOOSE, MERGE, SMALL, type_in, visible
+from command import type_in
+from fault_tools import DONE, LOOSE, MERGE, SMALL, visible
 from safetensors.torch import load_file, save_file
 
 from mka_export.models.tokenizer import load_tokenizer

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from fault_tools import type_in
+from command import type_in
 from page import MAIN, fake_npm, fake_out, fake_setup
 
 from mka_export.errors import ServeError

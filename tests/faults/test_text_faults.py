@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from fault_tools import DONE, LOOSE, MERGE, SMALL, type_in
+from command import type_in
+from fault_tools import DONE, LOOSE, MERGE, SMALL
 
 SENTENCE = "A sentence with rather more than thirteen words in it, so that an overlap of runs is found. "
 CASES: dict[str, tuple[bytes | None, tuple[str, ...]]] = {

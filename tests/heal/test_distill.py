@@ -10,12 +10,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from click.testing import CliRunner, Result
+from command import type_in
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from mka_export.cli import main
 from mka_export.errors import MkaError
 from mka_export.heal import distill as module
 from mka_export.heal import teacher as answers
@@ -41,7 +40,7 @@ def shallow(pico_llama, tmp_path_factory) -> Checkpoint:
     """The pico model without two of its layers."""
     out = tmp_path_factory.mktemp("shallow") / "m"
     arguments = ["merge", pico_llama, "--ratio", "0.3", "--method", "tail", "--out", out, *SMALL]
-    assert CliRunner().invoke(main, [str(a) for a in arguments]).exit_code == 0
+    assert type_in(*arguments).exit_code == 0
     return Checkpoint.open(out / "merged")
 
 
@@ -186,10 +185,6 @@ def test_a_loss_that_is_no_number_is_one_line(shallow, teacher, tmp_path):
     broken = dataclasses.replace(teacher, log_probs=np.full_like(teacher.log_probs, np.nan))
     with pytest.raises(MkaError, match=r"the loss is nan on held-out text. Lower --heal-rate"):
         trained(shallow, broken, tmp_path / "p")
-
-
-def type_in(*arguments: object) -> Result:
-    return CliRunner().invoke(main, [str(a) for a in arguments])
 
 
 def test_the_main_job_heals_and_says_so(pico_llama, tmp_path):

@@ -13,18 +13,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-from click.testing import CliRunner, Result
+from command import type_in
 from mka_onnx import PACKAGES
 
-from mka_export.cli import main
 from mka_export.target import target_names
 
 SMALL = ["--windows", "4", "--window-tokens", "64", "--calibration-tokens", "512", "--device", "cpu", "--quiet"]
 LOOSE = ["--max-ppl-ratio", "50"]
-
-
-def type_in(*arguments: object) -> Result:
-    return CliRunner().invoke(main, [str(a) for a in arguments])
 
 
 def without_onnx(*arguments: object) -> subprocess.CompletedProcess[str]:

@@ -50,7 +50,7 @@ def log_probs(
 def test_float32_is_as_close_to_float64_as_torch(model, request, convert_to):
     path = request.getfixturevalue(model)
     checkpoint = Checkpoint.open(fetch(resolve(str(path)), cache_folder(), Progress(quiet=True)).path)
-    windows = windows_of(load_text("evaluation", None), load_tokenizer(checkpoint.path), 4, 256).ids
+    windows = windows_of(load_text("evaluation", None), load_tokenizer(checkpoint.path), 2, 256).ids
     exact = log_probs(checkpoint.path, windows, torch.float64)
     errors = {
         name: np.abs(made - exact)

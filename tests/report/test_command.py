@@ -4,10 +4,9 @@ import shlex
 from typing import Any
 
 import pytest
-from click.testing import CliRunner
+from command import type_in
 from full_report import enrich
 
-from mka_export.cli import main
 from mka_export.report.command import command
 
 
@@ -21,7 +20,7 @@ def parsed(text: str, monkeypatch: pytest.MonkeyPatch) -> tuple[str, dict[str, A
         monkeypatch.setattr(place, name, lambda *a, _n=name, **k: asked.append((_n, {"arguments": a, **k})) or 0)
     program, *words = shlex.split(text)
     assert program == "mka-export"
-    result = CliRunner().invoke(main, words)
+    result = type_in(*words)
     assert result.exit_code == 0, result.output
     return asked[0]
 

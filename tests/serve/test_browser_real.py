@@ -15,13 +15,12 @@ from urllib.parse import urlsplit
 
 import psutil
 import pytest
-from click.testing import CliRunner
+from command import type_in
 from exact import with_exact_activations
 from page import fake_gguf, serving
 from ties import NEAR, require_same_or_a_tie
 from transformers import AutoTokenizer
 
-from mka_export.cli import main
 from mka_export.models.text import sample_prompts
 from mka_export.parity.runtimes.genai_runtime import GenaiRuntime
 from mka_export.parity.runtimes.llama_cpp_runtime import LlamaCppRuntime
@@ -91,7 +90,7 @@ def out(four_bits: tuple[Path, object], real_smollm2: Path) -> Path:
     folder = four_bits[0].parent.parent
     small = ["--imatrix", "none", "--windows", "2", "--window-tokens", "16", "--quiet"]
     arguments = ["convert", real_smollm2, "--to", "gguf-q4", "--to", "gguf-f16", "--out", folder, *small]
-    result = CliRunner().invoke(main, [str(each) for each in arguments])
+    result = type_in(*arguments)
     assert result.exit_code in (0, 3, 4), result.output  # so few windows decide nothing
     return folder
 

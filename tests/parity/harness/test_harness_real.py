@@ -5,13 +5,12 @@ from __future__ import annotations
 import json
 
 import pytest
-from click.testing import CliRunner
+from command import type_in
 from lm_eval.evaluator import simple_evaluate
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 from local_tasks import LETTERS, PIQA, ROLLING, write_task
 
-from mka_export.cli import main
 from mka_export.models.sources import cache_folder, fetch, resolve
 from mka_export.parity.harness.frame import Frame
 from mka_export.parity.harness.model import RuntimeLM
@@ -35,7 +34,7 @@ DOCUMENTS = [
 def test_log_likelihoods_and_answers_are_those_of_transformers(real_smollm2, tmp_path):
     out = tmp_path / "out"
     small = ["--windows", "2", "--window-tokens", "16", "--quiet"]
-    CliRunner().invoke(main, ["convert", str(real_smollm2), "--to", "gguf-f16", "--out", str(out), *small])
+    type_in("convert", real_smollm2, "--to", "gguf-f16", "--out", out, *small)
     (file,) = (out / "gguf-f16").glob("*.gguf")
     checkpoint = fetch(resolve(str(real_smollm2)), cache_folder(), Progress(quiet=True)).path
     kinds = {"choice": PIQA, "letters": LETTERS, "rolling": ROLLING}
@@ -58,8 +57,8 @@ def test_log_likelihoods_and_answers_are_those_of_transformers(real_smollm2, tmp
     right = [sample["acc_norm"] for sample in found["choice"]]
     assert sum(right) >= 5, "it knows how to boil an egg"
 
-    arguments = ["eval", str(out), "--tasks", "choice", "--include", str(folder), "--json", "--quiet"]
-    said = json.loads(CliRunner().invoke(main, arguments).stdout)
+    result = type_in("eval", out, "--tasks", "choice", "--include", folder, "--json", "--quiet")
+    said = json.loads(result.stdout)
     values = {model["name"]: model["tasks"]["choice"]["metrics"]["acc_norm"]["value"] for model in said["models"]}
     assert values == {"original": pytest.approx(sum(right) / 6), "gguf-f16": pytest.approx(sum(right) / 6)}
 
