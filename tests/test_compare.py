@@ -166,7 +166,7 @@ def test_killed_and_run_again_it_finds_the_same(everything, pico_llama, tmp_path
         (["--methods", "sleb:one-shot"], "sleb has its own way to choose"),
         (["--methods", "mka:sometimes"], "unknown --methods 'mka:sometimes'"),
         (["--ratios", "0.1,a"], "--ratios 0.1,a: they are numbers with commas between"),
-        (["--ratios", "0.1,1.5"], "--ratio 1.5: it is the share of layers to remove"),
+        (["--ratios", "0.1,1.5"], "--ratios 1.5: it is the share of layers to remove"),
         (["--ratios", "0.9"], "with the first 4 protected"),
         (["--measure", "npid"], "unknown --measure 'npid'"),
     ],

@@ -30,14 +30,19 @@ PLAN, ACTIVATIONS, SIMILARITY = "plan.json", "activations.safetensors", "similar
 HEATMAP, HEATMAP_VECTORS = "similarity.png", "similarity.svg"
 
 
+def require_share(option: str, ratio: float) -> None:
+    """Raise ``UsageError`` unless the value of ``option`` is a share of layers that can go."""
+    if not 0.0 < ratio < 1.0:
+        raise UsageError(f"{option} {ratio}: it is the share of layers to remove, between 0 and 1", "For example 0.2.")
+
+
 def layers_to_remove(ratio: float, layers: int, protect: int) -> int:
     """Turn a share of the layers into a number: the nearest, halves upwards, at least one.
 
     Raises:
         UsageError: the ratio is no share, or leaves fewer layers than are protected.
     """
-    if not 0.0 < ratio < 1.0:
-        raise UsageError(f"--ratio {ratio}: it is the share of layers to remove, between 0 and 1", "For example 0.2.")
+    require_share("--ratio", ratio)
     most = removable(layers, protect)
     remove = max(1, int(ratio * layers + 0.5))
     if remove > most:

@@ -14,7 +14,7 @@ from mka_export.merge.choose import Settings
 from mka_export.merge.measures import DEFAULT, MEASURES
 from mka_export.merge.methods import METHODS
 from mka_export.merge.needs import merge_need
-from mka_export.merge.stage import layers_to_remove
+from mka_export.merge.stage import require_share
 from mka_export.models.outline import Outline
 from mka_export.needs import require_room
 from mka_export.options import (
@@ -256,5 +256,5 @@ def _ratios(text: str) -> list[float]:
     except ValueError:
         raise UsageError(f"--ratios {text}: they are numbers with commas between", "For example 0.1,0.2.") from None
     for ratio in ratios:
-        layers_to_remove(ratio, 10**6, 0)
+        require_share("--ratios", ratio)
     return ratios

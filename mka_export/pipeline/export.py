@@ -216,6 +216,7 @@ class Export(Job):
             "calibration": plan["calibration"],
             "seconds": stage.seconds,
             "depth": self.auto.depth.to_dict() if self.auto and self.auto.depth else None,
+            "plan": None if self.planned.plan is None else str(self.planned.plan),
         }
         self.lineage = {MERGED: Checkpoint.open(stage.path)}
         return self.lineage[MERGED]

@@ -11,7 +11,7 @@ from mka_export.merge.choose import Settings
 from mka_export.merge.measures import DEFAULT, MEASURES
 from mka_export.merge.methods import METHODS
 from mka_export.merge.plan import read_plan
-from mka_export.merge.stage import layers_to_remove, removable
+from mka_export.merge.stage import layers_to_remove, removable, require_share
 from mka_export.options import AUTO, ITERATIVE, ConvertOptions, HealOptions, LimitOptions, MergeOptions, TextOptions
 from mka_export.parity.comparison import HEALED, MERGED, ORIGINAL, QUANTIZED
 from mka_export.parity.runtimes import RUNTIMES
@@ -32,7 +32,7 @@ def check_merge(options: MergeOptions) -> None:
     if (options.ratio is None) == (options.plan is None):
         raise UsageError("give either --ratio or --plan", "For example --ratio 0.2.")
     if isinstance(options.ratio, float):
-        layers_to_remove(options.ratio, 10**6, 0)
+        require_share("--ratio", options.ratio)
     if options.max_size is not None and options.ratio != AUTO:
         raise UsageError("--max-size goes with --ratio auto", "Leave one of them out, or give both.")
     if options.plan is not None:

@@ -51,6 +51,14 @@ def _conditions(report: Mapping[str, Any], targets: Sequence[Mapping[str, Any]])
 
 
 def _merging(merge: Mapping[str, Any]) -> Iterator[str]:
+    yield from _choosing(merge) if merge["plan"] is None else ("--plan", merge["plan"])
+    calibration = merge["calibration"]
+    if calibration["source"] != EMBEDDED:
+        yield from ("--calibration", calibration["source"])
+    yield from ("--calibration-tokens", str(calibration["tokens"]))
+
+
+def _choosing(merge: Mapping[str, Any]) -> Iterator[str]:
     share = 1 - merge["layers_after"] / merge["layers_before"]
     yield from ("--ratio", f"{share:.4g}", "--method", merge["method"], "--measure", merge["measure"])
     for key in ("schedule", "protect"):
@@ -59,10 +67,6 @@ def _merging(merge: Mapping[str, Any]) -> Iterator[str]:
     similar = [step for step in merge["steps"] if step["similarity"] is not None]
     if len({step["alpha"] for step in similar}) == 1 and any(step["alpha"] != step["similarity"] for step in similar):
         yield from ("--alpha", str(similar[0]["alpha"]))
-    calibration = merge["calibration"]
-    if calibration["source"] != EMBEDDED:
-        yield from ("--calibration", calibration["source"])
-    yield from ("--calibration-tokens", str(calibration["tokens"]))
 
 
 def _healing(heal: Mapping[str, Any] | None) -> Iterator[str]:

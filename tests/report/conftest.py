@@ -121,6 +121,7 @@ def report(target: dict[str, Any]) -> dict[str, Any]:
             "calibration": {"sha256": SHA, "tokens": 16384, "source": "embedded"},
             "seconds": 41.2,
             "depth": None,
+            "plan": None,
         },
         "heal": None,
         "evaluation": {"text": "embedded", "sha256": SHA, "windows": 16, "window_tokens": 512, "tokens": 8176},

@@ -42,6 +42,17 @@ def test_a_merge_with_healing(report: dict[str, Any], monkeypatch: pytest.Monkey
     assert (asked["limits"].max_ppl_ratio, asked["limits"].conversion_max_ppl_ratio) == (1.35, 1.35)
 
 
+def test_a_plan_that_was_replayed(report: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    report["merge"] |= {"plan": "a plan.json", "schedule": "one-shot"}
+    asked = parsed(command(report), monkeypatch)[1]
+    assert (str(asked["merge"].plan), asked["merge"].ratio, asked["merge"].schedule) == (
+        "a plan.json",
+        None,
+        "iterative",
+    )
+    assert asked["texts"].calibration_tokens == 16384
+
+
 @pytest.mark.parametrize(
     ("method", "steps", "alpha"),
     [
