@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 
-from click.testing import CliRunner, Result
+from click.testing import Result
 
 # Pico models are far too small to gain from threads, which then only wait for each other: llama.cpp's spin at every
 # barrier, and where the cores are busy a token takes a hundred times as long. It asks for as many as there are cores,
@@ -16,13 +17,17 @@ for name in ("OMP_NUM_THREADS", "OMP_THREAD_LIMIT", "OPENBLAS_NUM_THREADS", "MKL
     os.environ.setdefault(name, "1")
 
 import pytest  # noqa: E402  (after the threads are set)
+from command import type_in  # noqa: E402
 from pico import REPOSITORY, make_pico  # noqa: E402
+from workers import shared  # noqa: E402
+
+LONG = ("test_mmlu_real.py", "test_real.py", "test_browser_real.py", "test_onnx_real.py", "test_kill.py")
 
 
 @pytest.hookimpl(trylast=True)  # of those that are left by -m
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Begin with the files that take longest, one for each of two workers."""
-    items.sort(key=lambda item: item.path.name not in ("test_real.py", "test_mmlu_real.py"))
+    """Begin with the files that take minutes: a file stays on one worker, and the last must not keep the other waiting."""
+    items.sort(key=lambda item: LONG.index(item.path.name) if item.path.name in LONG else len(LONG))
 
 
 @pytest.fixture(scope="session")
@@ -77,12 +82,13 @@ def shared_data() -> Path:
 
 @pytest.fixture(scope="session")
 def four_bits(real_smollm2: Path, shared_data: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Result]:
-    """SmolLM2 in int4 ONNX: its folder, and what the command said."""
-    from mka_export.cli import main
-
-    out = tmp_path_factory.mktemp("int4") / "out"
+    """SmolLM2 in int4 ONNX, in a folder of this worker's: its folder, and what the command said."""
     text = ["--text", shared_data / "wikitext2" / "wiki.test.raw", "--windows", "8", "--window-tokens", "256"]
-    arguments = ["convert", real_smollm2, "--to", "onnx-int4", "--out", out, *text, "--json", "--quiet"]
-    result = CliRunner().invoke(main, [str(each) for each in arguments])
+    command = ["convert", real_smollm2, "--to", "onnx-int4", *text, "--json", "--quiet", "--out"]
+    out = tmp_path_factory.mktemp("int4") / "out"
+    with shared(tmp_path_factory, "int4") as made:
+        type_in(*command, made)  # in the second worker all is there
+        shutil.copytree(made, out)
+    result = type_in(*command, out)
     (folder,) = (path for path in (out / "onnx-int4").iterdir() if path.is_dir())
     return folder, result

@@ -61,7 +61,7 @@ def test_a_model_that_was_merged_to_death_is_said_to_be_dead(tmp_path):
 @pytest.mark.parametrize("source", ["real_smollm2", "real_qwen"])
 def test_f16_gguf_computes_what_its_checkpoint_does(source, request, tmp_path):
     path = request.getfixturevalue(source)
-    small = ["--windows", "4", "--window-tokens", "256", "--json", "--quiet"]
+    small = ["--windows", "8", "--window-tokens", "256", "--json", "--quiet"]
     result = type_in("convert", path, "--to", "gguf-f16", "--out", tmp_path / "o", *small)
     assert result.exit_code == 0, result.output
     (target,) = json.loads(result.stdout)["targets"]

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
-import os
 import re
 from collections.abc import Callable
 from dataclasses import asdict
@@ -16,6 +14,7 @@ import torch
 from mka_onnx import convert
 from onnx_tools import target
 from pico import make_pico
+from workers import shared
 
 from mka_export.models.checkpoint import Checkpoint
 from mka_export.progress import Progress
@@ -42,15 +41,11 @@ def pico_qwen2(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def convert_to(tmp_path_factory: pytest.TempPathFactory) -> Convert:
     """``convert_to(folder, precision, **options)``: convert, or give what was made so before, by any worker."""
-    own = tmp_path_factory.getbasetemp()
-    shared = (own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / "onnx"
-    shared.mkdir(exist_ok=True)
 
     def run(folder: Path, precision: str, **options: object) -> Artifact:
-        out = shared / "-".join(re.findall(r"\w+", f"{folder.name} {precision} {sorted(options.items())}"))
-        made = out / "artifact.json"
-        with (shared / f"{out.name}.lock").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
+        name = "-".join(["onnx", *re.findall(r"\w+", f"{folder.name} {precision} {sorted(options.items())}")])
+        with shared(tmp_path_factory, name) as out:
+            made = out / "artifact.json"
             if not made.is_file():
                 out.mkdir(exist_ok=True)
                 artifact = convert(
