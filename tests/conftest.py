@@ -21,7 +21,7 @@ from command import type_in  # noqa: E402
 from pico import REPOSITORY, make_pico  # noqa: E402
 from workers import shared  # noqa: E402
 
-LONG = ("test_mmlu_real.py", "test_real.py", "test_browser_real.py", "test_onnx_real.py", "test_kill.py")
+LONG = ("test_mmlu_real.py", "test_real.py", "test_browser_real.py", "test_onnx_real.py")
 
 
 @pytest.hookimpl(trylast=True)  # of those that are left by -m
