@@ -8,7 +8,10 @@ from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 
+import pytest
 from click.testing import Result
+from command import type_in
+from workers import shared
 
 # Pico models are far too small to gain from threads, which then only wait for each other: llama.cpp's spin at every
 # barrier, and where the cores are busy a token takes a hundred times as long. It asks for as many as there are cores,
@@ -16,10 +19,7 @@ from click.testing import Result
 for name in ("OMP_NUM_THREADS", "OMP_THREAD_LIMIT", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
     os.environ.setdefault(name, "1")
 
-import pytest  # noqa: E402  (after the threads are set)
-from command import type_in  # noqa: E402
-from pico import REPOSITORY, make_pico  # noqa: E402
-from workers import shared  # noqa: E402
+from pico import REPOSITORY, make_pico  # noqa: E402  (it loads torch, for which the threads must be set)
 
 LONG = ("test_mmlu_real.py", "test_real.py", "test_browser_real.py", "test_onnx_real.py")
 
