@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mka_export.data import load_json, value_of
 from mka_export.hashes import file_sha256
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
 
 def clear_scratch(folder: Path) -> None:
@@ -81,6 +85,19 @@ def write_atomically(path: Path, data: object) -> None:
 def write_json(path: Path, data: object) -> None:
     """Write ``data`` as indented JSON with a final newline; NaN and infinity are refused."""
     path.write_text(json.dumps(data, indent=2, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
+
+
+def save_array(path: Path, array: NDArray[Any]) -> None:
+    """Write an ``.npy``; numpy's own writing does not say that the disk is full.
+
+    Raises:
+        OSError: with the number of what went wrong.
+    """
+    import numpy as np  # --help need not wait for it
+
+    made = io.BytesIO()
+    np.save(made, array, allow_pickle=False)
+    path.write_bytes(made.getbuffer())
 
 
 def seal(path: Path, about: Mapping[str, Any]) -> None:

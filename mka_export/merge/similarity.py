@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from mka_export.merge.measures import MEASURES, Kept
 from mka_export.merge.trajectory import Trajectory
 from mka_export.progress import Task
+from mka_export.publish import save_array
 
 NODES = 1024
 
@@ -55,7 +56,7 @@ class Similarities:
         """Return what is kept of every layer: maps of files, not in memory however many layers there are."""
         for position in range(self._known, len(self.probe.layers)):
             states = self.probe.nodes_after(position, self._nodes).double().numpy()
-            np.save(self._file(position), self._measure.keep(states))
+            save_array(self._file(position), self._measure.keep(states))
             if task is not None:
                 task.advance()
         self._known = len(self.probe.layers)

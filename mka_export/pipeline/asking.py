@@ -24,7 +24,7 @@ from mka_export.parity.mmlu.prompts import Prompt, Sheet, make_sheet
 from mka_export.parity.mmlu.questions import HUB, Subject, load_subjects, prompts_sha256, sample
 from mka_export.parity.runtimes import RUNTIME_PACKAGES, Runtime
 from mka_export.parity.tokenizer_check import first_difference, without_misread
-from mka_export.publish import write_json
+from mka_export.publish import save_array, write_json
 from mka_export.target import Target
 from mka_export.workspace import Workspace, published
 
@@ -209,7 +209,7 @@ def publish_asked(asked: Asked, workspace: Workspace, target: str, inputs: Mappi
 
 def _write(asked: Asked, index: int, folder: Path) -> None:
     answers = asked.answers[index]
-    np.save(folder / LETTERS, answers.letters)
+    save_array(folder / LETTERS, answers.letters)
     facts = {"runtime": answers.runtime, "device": answers.device}
     write_json(folder / FACTS, {**facts, "numbers": asked.numbers, "subjects": asked.subjects, "truth": asked.truth})
 

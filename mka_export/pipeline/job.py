@@ -33,6 +33,7 @@ from mka_export.parity.verdict import EXIT_CODES, worst
 from mka_export.pipeline.asking import Asking
 from mka_export.pipeline.forecast import BASE_BYTES, free_memory
 from mka_export.progress import Progress
+from mka_export.publish import save_array
 from mka_export.report import print_json, print_report
 from mka_export.workspace import Stage, Workspace, check_ours
 
@@ -234,7 +235,7 @@ class Job:
             self.require_memory(need, "sampling text holds the whole model, and", "Give a text with --calibration.")
             path, device = self.original.path, self.runner.device
             made = sample_windows(path, leading, first, most, tokens, device, self.progress)
-            np.save(folder / SAMPLED_IDS, made.numpy())
+            save_array(folder / SAMPLED_IDS, made.numpy())
             text = "\n\n".join(self.tokenizer.batch_decode(made, skip_special_tokens=True))
             (folder / SAMPLED_TEXT).write_text(text, encoding="utf-8")
 

@@ -17,7 +17,7 @@ from mka_export.errors import UnsupportedError
 from mka_export.parity.harness.frame import Frame
 from mka_export.parity.runtimes import Ids, LogProbs, Prefixed, Runtime
 from mka_export.progress import Progress
-from mka_export.publish import seal, sealed
+from mka_export.publish import save_array, seal, sealed
 
 ROLLING = 2048  # tokens of a rolling window at most: all their log-probabilities are in memory
 NEW_TOKENS = 256  # where a task does not say how many, as in the harness
@@ -163,7 +163,7 @@ class RuntimeLM(TemplateLM):  # type: ignore[misc]  # the package has no types
             for start in range(0, len(items), PIECE):
                 some, piece = items[start : start + PIECE], self._pieces / f"{what}-{self._calls}-{start}.npy"
                 if sealed(piece) is None:
-                    np.save(piece, answer(some))
+                    save_array(piece, answer(some))
                     seal(piece, {})
                 found += [*np.load(piece)]
                 task.advance(len(some))

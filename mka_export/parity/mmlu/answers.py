@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from mka_export.parity.mmlu.prompts import Sheet
 from mka_export.parity.runtimes import Runtime
 from mka_export.progress import Progress
-from mka_export.publish import seal, sealed
+from mka_export.publish import save_array, seal, sealed
 
 SUBJECTS = 8  # whose answers are kept together: what is lost when the work is killed
 
@@ -42,7 +42,7 @@ def _pieces(runtime: Runtime, sheet: Sheet, pieces: Path, progress: Progress) ->
                 for answers in runtime.next_log_probs(part, sheet.letters):
                     found.append(answers)
                     task.advance(len(answers))
-                np.save(piece, np.concatenate(found))
+                save_array(piece, np.concatenate(found))
                 seal(piece, {})
             else:
                 task.advance(sum(len(group.rests) for group in part))
