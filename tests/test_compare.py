@@ -118,7 +118,7 @@ def test_methods_share_the_dense_pass_and_ratios_the_merges(pico_llama, tmp_path
     ratios = ["--ratios", "0.17,0.34,0.5", "--methods", "mka-paper,sleb", "--protect", "1"]
     tokens = ["--calibration-tokens", "4096"]  # more windows than the probe has
     assert type_in("compare", pico_llama, "--out", tmp_path / "out", *SMALL, *ratios, *tokens).exit_code == 0
-    assert len(runs) == len(set(runs)) == 3 * 6  # all windows, the probe and the echo, through six layers
+    assert len(runs) == len(set(runs)) == 4 * 6  # all windows, the probe, the echo and the trial, through six layers
     assert len(fused) == 2 * 3  # of each method as many as the highest ratio takes
 
 

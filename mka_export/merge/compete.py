@@ -18,7 +18,7 @@ from mka_export.merge.trajectory import Trajectory
 from mka_export.models.outline import Outline
 from mka_export.models.runner import LayerRunner
 
-ROUNDS = 2  # that the rows of a merge are adapted in
+ROUNDS = 2  # that the rows of a merge are adapted in; on trial they are not
 ROW_TOKENS = 8  # for each input, at least, where rows are adapted: half as many save 3 % of a merge's KL, not 10
 SELECTION_TOKENS = 4096  # that decide which neurons stay; 2 048 make SmolLM2 at 24 layers 2 % worse
 
@@ -37,14 +37,7 @@ def _adapted(tokens: int, hidden: int) -> bool:
     return tokens >= ROW_TOKENS * hidden
 
 
-def compete(
-    trajectory: Trajectory,
-    choice: Choice,
-    *,
-    windows: Sequence[int] | None = None,
-    selection: int = SELECTION_TOKENS,
-    rounds: int = ROUNDS,
-) -> tuple[Fused, dict[str, float]]:
+def compete(trajectory: Trajectory, choice: Choice, rounds: int = 0) -> tuple[Fused, dict[str, float]]:
     """Let the MLP neurons of all original layers that take part compete for the merged layer's places, and refit them.
 
     One of them keeps its attention, ``choice.attention``. Gate and up rows of all are put under each other, each
@@ -57,15 +50,13 @@ def compete(
     ``choice.alpha`` plays no part: the data say how many neurons each layer keeps. See docs/method.md.
 
     Args:
-        windows: the fit sees these only; all by default.
-        selection: so many tokens at most decide which neurons stay.
         rounds: so many times the rows are adapted to the outputs (``rows.adapt_rows``), and these are fitted again, where
             there are ``ROW_TOKENS`` tokens for each input.
     """
     roles = trajectory.runner.checkpoint.architecture.layer
-    tokens = FitTokens(trajectory, choice, relative=True, windows=windows)
+    tokens = FitTokens(trajectory, choice, relative=True)
     taken = range(trajectory.layers[choice.position].first, trajectory.layers[choice.last].last + 1)
-    rows, down, from_lowest = _strongest(trajectory.runner, taken, tokens, selection)
+    rows, down, from_lowest = _strongest(trajectory.runner, taken, tokens)
     gate, up = rows.chunk(2)
 
     def outputs() -> Fit:
@@ -89,12 +80,10 @@ def compete(
     return fused, {"neurons_from_lowest": from_lowest, "unexplained": fit.unexplained}
 
 
-def _strongest(
-    runner: LayerRunner, layers: Sequence[int], tokens: FitTokens, selection: int
-) -> tuple[Tensor, Tensor, float]:
+def _strongest(runner: LayerRunner, layers: Sequence[int], tokens: FitTokens) -> tuple[Tensor, Tensor, float]:
     """Return rows (gate's, and below them up's) and ``down_proj`` of layers' strongest neurons, the lowest's share."""
     roles = runner.checkpoint.architecture.layer
-    strengths = _strengths(runner, layers, tokens, tokens.spread(selection))
+    strengths = _strengths(runner, layers, tokens)
     width = len(strengths[0])
     kept = torch.cat(strengths).topk(width).indices.sort().values
     parts = [(i, kept[kept // width == place] - place * width) for place, i in enumerate(layers)]
@@ -103,12 +92,9 @@ def _strongest(
     return rows, down, len(parts[0][1]) / width
 
 
-def _strengths(runner: LayerRunner, layers: Sequence[int], tokens: FitTokens, some: Tensor) -> list[Tensor]:
-    """Return how much each neuron of each layer contributes if all stood in the merged one: (neurons,) of each.
-
-    Args:
-        some: indices of the tokens that tell.
-    """
+def _strengths(runner: LayerRunner, layers: Sequence[int], tokens: FitTokens) -> list[Tensor]:
+    """Return how much each neuron of each layer contributes if all stood in the merged one: (neurons,) of each."""
+    some = tokens.spread(SELECTION_TOKENS)
     files = [_activations(runner, i, tokens, some) for i in layers]
     targets = tokens.targets(some)
     parts = [

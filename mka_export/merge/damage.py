@@ -14,41 +14,39 @@ from torch.nn import functional
 
 from mka_export.data import load_json, value_of
 from mka_export.merge.choose import Settings, allowed_pairs, enough_pairs, similar_pairs
-from mka_export.merge.compete import compete
-from mka_export.merge.fuse import Fused
+from mka_export.merge.fuse import Fuse, Fused
 from mka_export.merge.steps import Choice, Step, merge_spans, step_from
 from mka_export.merge.trajectory import Trajectory
 from mka_export.merge.views import Views
 from mka_export.models.checkpoint_writer import save_tensors
-from mka_export.models.device import rough_products
 from mka_export.publish import write_atomically
 
 SCREENED = 8  # of the most similar pairs, whose damage is measured
-TRIAL_SELECTION = 2048  # tokens that decide on trial which neurons stay
 WORST = 1e9  # damage of a merge that makes NaN or infinity
 
 
-def least_damage(settings: Settings, views: Views) -> Iterator[Choice]:
+def least_damage(fuse: Fuse, settings: Settings, views: Views) -> Iterator[Choice]:
     """Yield, bottom up, the layers whose merges turn the model least away from the original.
 
     A similarity guides and does not decide: of the ``SCREENED`` most similar pairs of neighbours each is fused on trial,
-    once with the attention of the lower and once with that of the upper, fitted to the original's stream in some windows,
-    and the model with it run over others, each of which ends by beginning again. Its damage is by how much the divergence of
-    the predictions there from the original's, KL(original ‖ model), grows. The least is merged, on trial only, and all is
-    measured again; what was measured of a pair before counts as long as neither layer changes. On the one-shot schedule
-    the similarity decides alone, and the lowest layer keeps its attention.
+    once with the attention of the lower and once with that of the upper, fitted to a few windows, and the model with it
+    run over what others begin with, said twice. Its damage is by how much the divergence of the predictions there from
+    the original's, KL(original ‖ model), grows. The least is merged, on these windows only, and all is measured again;
+    what was measured of a pair before counts as long as neither layer changes. On the one-shot schedule the similarity
+    decides alone, and the lowest layer keeps its attention.
 
     When all are chosen, each layer that is to be made of several is yielded once, from the lowest to the highest, so that
     every fit to all windows sees the stream that the merges below it leave, and no layer is run over all of them twice.
+
+    Args:
+        fuse: how layers become one.
 
     Raises:
         UsageError: there are not as many pairs as are to be merged.
     """
     if settings.schedule == "iterative":
         enough_pairs(settings, views.probe)
-        views.everything.largest_updates()  # all states that the fits to all windows will read
-        with rough_products():
-            chosen = _chosen(settings, views)
+        chosen = _chosen(fuse, settings, views)
     else:
         chosen = [*_steps(similar_pairs(settings, views), len(views.probe.layers))]
     yield from _bottom_up(chosen, len(views.probe.layers))
@@ -62,27 +60,28 @@ def _steps(pairs: Iterable[Choice], layers: int) -> Iterator[Step]:
         merge_spans(spans, pair)
 
 
-def _chosen(settings: Settings, views: Views) -> list[Step]:
+def _chosen(fuse: Fuse, settings: Settings, views: Views) -> list[Step]:
     """Return the merges in the order in which they are chosen."""
-    probe, notes, predictions = views.probe, _Notes(views.notes), _Predictions(views)
+    probe, notes, predictions = views.probe, _Notes(views.notes), _Predictions(views.echo)
     if len(notes.chosen) < settings.remove:
         for number in range(settings.remove):
-            file, fused = probe.folder / f"chosen-{number}.safetensors", None
+            file, fused = views.trial.folder / f"chosen-{number}.safetensors", None
             if number == len(notes.chosen):
-                step, fused = _least_damaged(settings, views, predictions, notes, file)
+                step, fused = _least_damaged(fuse, settings, views, predictions, notes, file)
                 notes.choose(step)
             step = notes.chosen[number]
+            choice = step.choice(probe.spans)
             if step != fused:
-                save_tensors(_fused(views, step), file)
-            views.replace_on_trial(step.choice(probe.spans), file)
+                save_tensors(fuse(views.trial, choice)[0], file)
+            views.replace_on_trial(choice, file)
         views.reset()
-        for file in probe.folder.glob("chosen-*"):
+        for file in views.trial.folder.glob("chosen-*"):
             file.unlink()
     return notes.chosen[: settings.remove]
 
 
 def _least_damaged(
-    settings: Settings, views: Views, predictions: _Predictions, notes: _Notes, file: Path
+    fuse: Fuse, settings: Settings, views: Views, predictions: _Predictions, notes: _Notes, file: Path
 ) -> tuple[Step, Step | None]:
     """Return the merge, of the most similar pairs, that does least damage, and that whose layer is in ``file`` now."""
     echo, similarities = views.echo, views.similarities.neighbours()
@@ -92,19 +91,14 @@ def _least_damaged(
     least = min((notes.damage(step) for step in steps if notes.knows(step)), default=math.inf)
     now, written = predictions.divergence(echo.outcome(len(echo.layers), ())) if new else 0.0, None
     for step in new:
-        fused = _fused(views, step)
-        damage = predictions.divergence(_with(fused, echo, step.choice(echo.spans))) - now
+        choice = step.choice(echo.spans)
+        fused, _ = fuse(views.trial, choice)
+        damage = predictions.divergence(_with(fused, echo, choice)) - now
         notes.measure(step, damage)
         if damage < least:
             least, written = damage, step
             save_tensors(fused, file)
     return min(steps, key=notes.damage), written
-
-
-def _fused(views: Views, step: Step) -> Fused:
-    """Return what the original layers that take part in a merge become on trial."""
-    layers = Choice(step.lower[0], step.upper[1], attention=step.attention)
-    return compete(views.everything, layers, windows=views.tried, selection=TRIAL_SELECTION, rounds=0)[0]
 
 
 def _with(fused: Fused, echo: Trajectory, choice: Choice) -> Tensor:
@@ -181,23 +175,19 @@ def _key(step: Step) -> str:
 
 
 class _Predictions:
-    """What the original predicts: after every token that comes again in the echo, and after as many spread over the others."""
+    """What the original predicts after each token of some windows."""
 
-    def __init__(self, views: Views) -> None:
-        self._echo = views.echo
-        tokens = views.echo.ids.shape[1]
-        again = tokens - views.echoed
-        step = again // views.echoed
-        self._places = [*range(step - 1, again, step), *range(again, tokens)]
+    def __init__(self, echo: Trajectory) -> None:
+        self._echo = echo
 
     @cached_property
     def _original(self) -> list[Tensor]:
-        """Log-probabilities in each window: (places, vocabulary)."""
+        """Log-probabilities of each window: (tokens, vocabulary)."""
         echo, top = self._echo, self._echo.runner.checkpoint.num_layers
         return [self._predict(window) for batch in echo.batches() for window in echo.original(top, batch)]
 
     def _predict(self, states: Tensor) -> Tensor:
-        return self._echo.runner.logits(states[self._places]).log_softmax(dim=-1)
+        return self._echo.runner.logits(states).log_softmax(dim=-1)
 
     def divergence(self, states: Tensor) -> float:
         """Return the mean KL(original ‖ model) of the next token, in nats, that final states (N, T, hidden) give."""

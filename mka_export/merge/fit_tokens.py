@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -41,7 +41,7 @@ def normed(runner: LayerRunner, index: int, name: str) -> Tensor:
 
 
 class FitTokens:
-    """What the MLP of a merged layer reads, and what it should add, for every calibration token or some, on disk.
+    """What the MLP of a merged layer reads, and what it should add, for every calibration token, on disk.
 
     What the original has after the highest layer that takes part is what the stream should be.
 
@@ -49,7 +49,6 @@ class FitTokens:
         choice: the merge.
         relative: every token counts relative to its own stream, since later layers normalise what they read. (Some
             tokens, the first above all, have one hundreds of times larger, and would decide the fit.)
-        windows: places of those whose tokens take part, in ascending order; all by default.
 
     Attributes:
         device: where it is computed.
@@ -57,13 +56,11 @@ class FitTokens:
         activation: of the MLP's gate.
     """
 
-    def __init__(
-        self, trajectory: Trajectory, choice: Choice, *, relative: bool, windows: Sequence[int] | None = None
-    ) -> None:
+    def __init__(self, trajectory: Trajectory, choice: Choice, *, relative: bool) -> None:
         from transformers.activations import ACT2FN  # seconds, which bad input need not wait for
 
         runner, checkpoint = trajectory.runner, trajectory.runner.checkpoint
-        self.device, self.count, self._folder = runner.device, 0, trajectory.folder
+        self.device, self.count, self._folder = runner.device, trajectory.ids.numel(), trajectory.folder
         self._extra: list[StatesFile] = []
         self.activation = ACT2FN[checkpoint.config["hidden_act"]]
         self._inputs, self._targets, self._weights = (
@@ -78,20 +75,17 @@ class FitTokens:
         weights = attention_weights(runner, kind)
         # A norm's weight of 1 hands on the bare normalised stream.
         weights[checkpoint.architecture.layer["mlp_norm"]] = torch.ones(checkpoint.hidden_size, device=runner.device)
+        first = 0
         for batch in trajectory.batches():
-            here = [i for i in range(len(trajectory.ids))[batch] if windows is None or i in windows]
-            if not here:
-                continue
-            part = [i - batch.start for i in here]
-            stream, inputs = runner.before_mlp(kind, weights, trajectory.before(choice.position, batch)[part])
-            check_finite(stream, f"layer {kind}, merged", [trajectory.windows[i] for i in here])
-            original = trajectory.original(after, batch)[part]
+            stream, inputs = runner.before_mlp(kind, weights, trajectory.before(choice.position, batch))
+            check_finite(stream, f"layer {kind}, merged", trajectory.windows[batch])
+            original = trajectory.original(after, batch)
             size = original.square().mean(dim=-1, keepdim=True)
             weight = size.rsqrt() if relative else torch.ones_like(size)
-            self._inputs.write(self.count, inputs.flatten(0, 1))
-            self._targets.write(self.count, (weight * (original - stream)).flatten(0, 1))
-            self._weights.write(self.count, weight.flatten(0, 1))
-            self.count += weight.numel()
+            self._inputs.write(first, inputs.flatten(0, 1))
+            self._targets.write(first, (weight * (original - stream)).flatten(0, 1))
+            self._weights.write(first, weight.flatten(0, 1))
+            first += weight.numel()
 
     def spread(self, count: int) -> Tensor:
         """Return the indices of at most ``count`` tokens, evenly spread over all."""

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 from mka_export.merge import choose, fuse
 from mka_export.merge.choose import Settings
-from mka_export.merge.compete import compete, competition_bytes
+from mka_export.merge.compete import ROUNDS, compete, competition_bytes
 from mka_export.merge.damage import least_damage
 from mka_export.merge.fuse import Fuse
 from mka_export.merge.steps import Choice
@@ -39,7 +40,9 @@ class Method:
 
 
 METHODS = {
-    "mka": Method(least_damage, compete, competition_bytes, protect=4, measured=True),
+    "mka": Method(
+        partial(least_damage, compete), partial(compete, rounds=ROUNDS), competition_bytes, protect=4, measured=True
+    ),
     "mka-paper": Method(choose.similar_pairs, fuse.average, fuse.layers_bytes, protect=4, measured=True),
     "tail": Method(choose.tail, fuse.keep, fuse.layers_bytes),
     "shortgpt": Method(choose.least_influence, fuse.keep, fuse.layers_bytes),

@@ -7,7 +7,7 @@ import math
 from mka_export.merge.compete import SELECTION_TOKENS
 from mka_export.merge.fuse import FLOAT
 from mka_export.merge.methods import METHODS
-from mka_export.merge.views import probe_windows
+from mka_export.merge.views import ECHO, TRIAL_WINDOWS, probe_windows
 from mka_export.models.checkpoint_writer import SHARD_BYTES
 from mka_export.models.outline import Outline
 from mka_export.models.runner import layer_pass_bytes
@@ -26,9 +26,13 @@ def merge_need(model: Outline, remove: int, method: str, tokens: int, window: in
     """
     hidden, width = model.layer[model.architecture.layer["down"]]
     layer = FLOAT * sum(map(math.prod, model.layer.values()))
-    probe = len(probe_windows(tokens // window))
-    # The states of the original, and of the model under merge: of all windows, and of the probe's and its echo's.
-    states = (model.num_layers + 1) * 2 * (tokens + 2 * probe * window) * hidden * FLOAT
+    windows = tokens // window
+    probe = len(probe_windows(windows))
+    few = min(windows, probe + TRIAL_WINDOWS) if windows > probe else 0
+    # The states of the original, and of the model under merge: those of the trials are freed before all are fitted.
+    states = (
+        (model.num_layers + 1) * (2 * tokens + (few + min(few, probe)) * window + 4 * ECHO * probe) * hidden * FLOAT
+    )
     competing = (remove + 1) * min(tokens, SELECTION_TOKENS)
     fit = (tokens * (2 * hidden + 1) + max(2 * tokens, competing) * width + 2 * width * hidden) * FLOAT
     largest = model.itemsize * max(map(math.prod, model.shapes.values()))

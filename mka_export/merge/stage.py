@@ -114,8 +114,8 @@ def dense_pass(runner: LayerRunner, windows: NDArray[np.int64], states: Path, pr
 
     def work(ids: torch.Tensor) -> None:
         views = Views.of(runner, ids, DEFAULT, states, states)
-        with progress.task("states of the original", 3) as task:
-            for trajectory in (views.everything, views.probe, views.echo):
+        with progress.task("states of the original", 4) as task:
+            for trajectory in (views.everything, views.probe, views.echo, views.trial):
                 trajectory.largest_updates()
                 task.advance()
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from mka_export.merge.similarity import Similarities
@@ -14,8 +15,8 @@ from mka_export.merge.steps import Choice
 from mka_export.merge.trajectory import Trajectory
 from mka_export.models.runner import LayerRunner
 
-TRIAL_WINDOWS = 32
-ECHO = 64  # tokens that come again
+TRIAL_WINDOWS = 16
+ECHO = 64  # tokens that come twice
 STATES = "states-"
 
 
@@ -35,7 +36,7 @@ class Views:
     """The model under merge.
 
     All windows take part in a fit, and run only to the layers that are fitted; a few of them are enough to choose layers
-    by, and run to the top after every merge, on trial too.
+    by, and run to the top after every merge.
 
     Attributes:
         everything: the model on all calibration windows.
@@ -60,44 +61,42 @@ class Views:
             pieces: where finished merges are kept.
         """
         folder = states / f"{STATES}{len(ids)}"  # fewer where windows were left out
-        everything = Trajectory(runner, ids, folder / "all")
-        probe = Trajectory(runner, ids, folder / "probe", probe_windows(len(ids)))
+        everything, few = Trajectory(runner, ids, folder / "all"), probe_windows(len(ids))
+        probe = Trajectory(runner, ids, folder / "probe", few) if len(few) < len(ids) else everything
         return cls(everything, probe, Similarities(probe, measure), pieces / f"damages-{len(ids)}.json")
 
-    @property
-    def tried(self) -> list[int]:
-        """Some windows that the probe has not, where there are any: what is fitted to them can be probed."""
-        probed = set(self.probe.windows)
+    @cached_property
+    def trial(self) -> Trajectory:
+        """The model on some windows that the probe has not, where there are any: what is fitted to them can be probed."""
+        ids, probed = self.everything.ids, set(self.probe.windows)
         left = [window for window in self.everything.windows if window not in probed]
-        return _spread(left or self.probe.windows, TRIAL_WINDOWS)
+        if not left:
+            return self.probe
+        folder = self.everything.folder.with_name("trial")
+        return Trajectory(self.everything.runner, ids, folder, _spread(left, TRIAL_WINDOWS))
 
     @cached_property
     def echo(self) -> Trajectory:
-        """The model on the probe's windows, each of which ends with its first tokens again, ``echoed`` of them: (windows, T).
+        """The model on what the probe's windows begin with, each twice in a row: (windows, 2 · ``ECHO``).
 
-        There a model that copies from its context knows what comes. Text seldom repeats itself so soon, so that elsewhere it
-        does not show whether a merge takes that away.
+        The second time a model that copies from its context knows what comes. Text seldom repeats itself so soon, so that
+        elsewhere it does not show whether a merge takes that away.
         """
-        ids, folder = self.probe.ids.clone(), self.everything.folder.with_name("echo")
-        ids[:, -self.echoed :] = ids[:, : self.echoed]
-        return Trajectory(self.probe.runner, ids, folder)
-
-    @property
-    def echoed(self) -> int:
-        """How many tokens of a window of the echo come again: ``ECHO``, or half of a short window."""
-        return min(ECHO, self.probe.ids.shape[1] // 2)
+        begun = self.probe.ids[:, :ECHO]
+        folder = self.everything.folder.with_name("echo")
+        return Trajectory(self.probe.runner, torch.cat([begun, begun], dim=1), folder)
 
     def replace(self, choice: Choice, file: Path) -> None:
         """Put one layer, with the float32 weights in ``file``, in the place of those that a merge takes."""
-        self._replace([self.everything, self.probe], choice, file)
+        self._replace({self.everything, self.probe}, choice, file)
 
     def replace_on_trial(self, choice: Choice, file: Path) -> None:
-        """Do so only where damage and similarity are measured; ``reset`` ends it."""
-        self._replace([self.probe, self.echo], choice, file)
+        """Do so on the windows that choices are made by only; ``reset`` ends it."""
+        self._replace({self.probe, self.echo, self.trial}, choice, file)
 
     def reset(self) -> None:
-        """Make the model under merge the original again, after merges on trial."""
-        for each in (self.probe, self.echo):
+        """Make the model under merge the original again."""
+        for each in {self.everything, self.probe, self.echo, self.trial}:
             each.reset()
         self.similarities.forget(0)
 

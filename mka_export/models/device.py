@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -29,20 +28,6 @@ def pick_device(name: str) -> torch.device:
     if number and int(number) >= torch.cuda.device_count():
         raise UsageError(f"--device {name}: there are {torch.cuda.device_count()} CUDA devices")
     return torch.device(name)
-
-
-@contextmanager
-def rough_products() -> Iterator[None]:
-    """Meanwhile, multiply float32 matrices roughly where that is faster: as bfloat16 by AMX units, as TF32 on CUDA.
-
-    A product is off by about 0.2 % then: enough to choose by, not to write down.
-    """
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("medium")
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)
 
 
 def as_memory_allows(work: Callable[[Tensor], tuple[Tensor, ...]], states: Tensor) -> tuple[Tensor, ...]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from contextlib import nullcontext
 
 import pytest
 import torch
@@ -12,14 +11,12 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from mka_export.merge import damage
-from mka_export.merge import views as looks
 from mka_export.merge.compete import compete
 from mka_export.merge.stage import trial
 from mka_export.merge.steps import Choice, Step
 from mka_export.merge.trajectory import Trajectory
-from mka_export.merge.views import Views, probe_windows
+from mka_export.merge.views import ECHO, Views, probe_windows
 from mka_export.models.checkpoint import Checkpoint
-from mka_export.models.device import rough_products
 from mka_export.models.runner import LayerRunner
 
 IDS = torch.from_numpy(WINDOWS)
@@ -30,15 +27,6 @@ def notes_of(pieces) -> dict:
     return json.loads((pieces / f"damages-{len(IDS)}.json").read_text())
 
 
-@pytest.fixture(scope="module", autouse=True)
-def small_and_precise():
-    """Twelve tokens of the 48 come again, so that of the others not all are judged; trials are no rougher than transformers."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(looks, "ECHO", 12)
-        patch.setattr(damage, "rough_products", nullcontext)
-        yield
-
-
 @pytest.fixture(scope="module")
 def plan(pico_llama, tmp_path_factory):
     out = merged(pico_llama, tmp_path_factory.mktemp("damage") / "out", THREE)
@@ -47,12 +35,12 @@ def plan(pico_llama, tmp_path_factory):
 
 @pytest.mark.parametrize("attention", [2, 3])
 def test_damage_is_how_much_the_predictions_turn_away(attention, pico_llama, plan, tmp_path):
-    """Of one pair, worked out with transformers: fitted to some windows, measured on others, which begin again."""
+    """Of one pair, worked out with transformers: fitted to some windows, measured on others, which are said twice."""
     views = Views.of(LayerRunner(Checkpoint.open(pico_llama)), IDS, "npib", tmp_path, tmp_path)
-    assert views.probe.windows == probe_windows(len(IDS))
-    assert not {*views.probe.windows} & {*views.tried}
-    left = Trajectory(views.everything.runner, IDS[views.tried], tmp_path / "tried")
-    fused, _ = compete(left, Choice(2, 3, attention=attention), rounds=0)
+    probed, tried = list(views.probe.windows), list(views.trial.windows)
+    assert probed == probe_windows(len(IDS))
+    assert not set(probed) & set(tried)
+    fused, _ = compete(views.trial, Choice(2, 3, attention=attention))
     original = AutoModelForCausalLM.from_pretrained(pico_llama, dtype=torch.float32)
     shallow = AutoModelForCausalLM.from_pretrained(pico_llama, dtype=torch.float32)
     shallow.model.layers[2].load_state_dict(fused)
@@ -60,11 +48,10 @@ def test_damage_is_how_much_the_predictions_turn_away(attention, pico_llama, pla
     for index, layer in enumerate(shallow.model.layers):
         layer.self_attn.layer_idx = index
     shallow.config.num_hidden_layers -= 1
-    ids = IDS[views.probe.windows]
-    echo = torch.cat([ids[:, :36], ids[:, :12]], dim=1)
-    judged = [*range(2, 36, 3), *range(36, 48)]
+    assert IDS.shape[1] < ECHO
+    twice = IDS[probed].repeat(1, 2)
     with torch.no_grad():
-        p, q = (m(echo, use_cache=False).logits[:, judged].double().log_softmax(-1) for m in (original, shallow))
+        p, q = (m(twice, use_cache=False).logits.double().log_softmax(-1) for m in (original, shallow))
     expected = float((p.exp() * (p - q)).sum(-1).mean())
     assert plan[1]["damages"][f"[2, 2]+[3, 3], attention of {attention}"] == pytest.approx(expected, rel=1e-3)
 
@@ -98,15 +85,14 @@ def test_what_was_just_fused_on_trial_is_not_fused_again(pico_llama, tmp_path, m
         kept.update(load_file(file))
         replace(views, choice, file)
 
-    def counted(trajectory, choice, **how):
+    def counted(trajectory, choice):
         merge = choice.position, choice.attention
         assert merge not in fused
-        fused[merge] = compete(trajectory, choice, **how)[0]
+        fused[merge] = compete(trajectory, choice)[0]
         return fused[merge], {}
 
     monkeypatch.setattr(Views, "replace_on_trial", seen)
-    monkeypatch.setattr(damage, "compete", counted)
-    (choice,) = damage.least_damage(settings(remove=1, protect=0), views)
+    (choice,) = damage.least_damage(counted, settings(remove=1, protect=0), views)
     assert len(fused) == 10
     expected = fused[choice.position, choice.attention]
     assert kept.keys() == expected.keys()
@@ -128,27 +114,6 @@ def test_fits_go_bottom_up_and_no_layer_runs_twice(pico_llama, tmp_path, monkeyp
     groups = [[step["lower"][0], step["upper"][1]] for step in plan["steps"]]
     assert groups == [[first, last] for first, last in plan["layers"] if first < last]
     assert len(runs) == len(set(runs))
-
-
-def test_only_trials_are_rough(pico_llama, tmp_path, monkeypatch):
-    """No state that a fit to all windows sees was computed with rough products, nor is such a fit."""
-    run, fuse, precise, rough = Trajectory._run, damage.compete, [], []
-
-    def ran(self, *args):
-        if self.folder.name == "all":
-            precise.append(torch.get_float32_matmul_precision())
-        return run(self, *args)
-
-    def tried(*args, **keywords):
-        rough.append(torch.get_float32_matmul_precision())
-        return fuse(*args, **keywords)
-
-    monkeypatch.setattr(damage, "rough_products", rough_products)
-    monkeypatch.setattr(Trajectory, "_run", ran)
-    monkeypatch.setattr(damage, "compete", tried)
-    merged(pico_llama, tmp_path / "out", THREE)
-    assert {*precise} == {"highest"} == {torch.get_float32_matmul_precision()}
-    assert {*rough} == {"medium"}
 
 
 def test_what_becomes_one_layer_is_fused_once():
